@@ -1,0 +1,220 @@
+"""GPT-2 as pure functions over a flat dict of parameters.
+
+`forward` embeds the tokens, applies `transformer_block` n_layers times and scores every vocabulary entry as the next
+token. No function here changes what it is given or remembers anything: the same arguments give the same result.
+
+Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. A value that makes no sense raises a ValueError that names its field (section 5.1.1)."""
+    vocab_size: int
+    context_length: int  # the most tokens that the model sees at once
+    emb_dim: int
+    n_heads: int
+    n_layers: int
+    drop_rate: float     # probability that dropout zeroes a value, while training
+    qkv_bias: bool       # whether query, key and value have a bias
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.emb_dim % self.n_heads:
+            raise ValueError(f"emb_dim {self.emb_dim} must be a multiple of n_heads {self.n_heads}")
+        if type(self.drop_rate) not in (int, float) or not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate must be at least 0 and less than 1, not {self.drop_rate!r}")
+        if type(self.qkv_bias) is not bool:
+            raise ValueError(f"qkv_bias must be True or False, not {self.qkv_bias!r}")
+
+
+GPT_CONFIG_124M = Config(vocab_size=50257, context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1,
+                         qkv_bias=False)
+
+
+def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every parameter, in the order in which the chapter's model registers them."""
+    E = config.emb_dim
+
+    def linear_shapes(name: str, fan_in: int, fan_out: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (fan_out, fan_in)} | ({f"{name}.bias": (fan_out,)} if bias else {})
+
+    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (config.vocab_size, E),
+                                          "pos_emb.weight": (config.context_length, E)}
+    for i in range(config.n_layers):
+        block = f"trf_blocks.{i}"
+        for part in ("W_query", "W_key", "W_value"):
+            shapes |= linear_shapes(f"{block}.att.{part}", E, E, config.qkv_bias)
+        shapes |= linear_shapes(f"{block}.att.out_proj", E, E)
+        shapes |= linear_shapes(f"{block}.ff.layers.0", E, 4 * E) | linear_shapes(f"{block}.ff.layers.2", 4 * E, E)
+        shapes |= {f"{block}.{norm}.{part}": (E,) for norm in ("norm1", "norm2") for part in ("scale", "shift")}
+    return shapes | {"final_norm.scale": (E,), "final_norm.shift": (E,)} | linear_shapes(
+        "out_head", E, config.vocab_size, bias=False)
+
+
+def init_params(config: Config, generator: torch.Generator) -> Params:
+    """Fresh float32 parameters: embeddings standard normal, linear layers uniform on +-1/sqrt(fan_in), norms the identity.
+
+    Drawn in the order of `param_shapes`, which gives the numbers of the chapter's model after `torch.manual_seed`
+    when `generator` has that seed (section 5.1.1).
+    """
+    params, fan_in = {}, 0
+    for name, shape in param_shapes(config).items():
+        if name.endswith(("scale", "shift")):
+            params[name] = torch.full(shape, 1.0 if name.endswith("scale") else 0.0)
+        elif name.endswith("emb.weight"):
+            params[name] = torch.empty(shape).normal_(generator=generator)
+        else:
+            fan_in = shape[-1] if name.endswith("weight") else fan_in  # a bias follows its weight and shares its range
+            params[name] = torch.empty(shape).uniform_(-fan_in**-0.5, fan_in**-0.5, generator=generator)
+    return params
+
+
+class Cache(NamedTuple):
+    """The keys and values of the tokens read so far, so that the next token needs only its own.
+
+    The buffers have room for more tokens. Growing a cache writes into that room alone: the cache it grew from, with its
+    smaller length, still holds what it held.
+    """
+    keys: Tensor    # (n_layers, B, H, room, D), of which `length` tokens are in use
+    values: Tensor  # the same
+    length: int
+
+
+def linear(x: Tensor, params: Params, name: str) -> Tensor:
+    """x (..., fan_in) times the transposed weight (fan_out, fan_in), plus the bias if there is one: (..., fan_out)."""
+    return matmul(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+
+
+def layer_norm(x: Tensor, params: Params, name: str) -> Tensor:
+    """x (..., E) with mean 0 and variance 1 along its last axis, then scaled and shifted."""
+    scale, shift = params[f"{name}.scale"], params[f"{name}.shift"]
+    return F.layer_norm(x, scale.shape, scale, shift, eps=1e-5)
+
+
+def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """x with each value zeroed with probability `rate` and the others divided by 1 - rate; x without a generator."""
+    if generator is None or rate == 0:
+        return x
+    # The very draws of bernoulli_(1 - rate), which compares 53 random bits with the probability, in 60% of its time.
+    draws = torch.empty(x.shape, dtype=torch.int64, device=x.device).random_(2**53, generator=generator)
+    return (draws < math.ceil((1 - rate) * 2**53)).to(x.dtype).div_(1 - rate) * x
+
+
+def attention(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
+              past: Cache | None = None) -> Tensor:
+    """Causal multi-head attention over x (B, T, E) and, with `past`, over the tokens that one layer's cache holds."""
+    B, T, E = x.shape
+    q, k, v = (linear(x, params, f"{name}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+               for part in ("W_query", "W_key", "W_value"))
+    if past is not None:
+        k, v = append(past.keys, past.length, k), append(past.values, past.length, v)
+    if generator is None or config.drop_rate == 0:
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+    else:  # the same by hand, because only here can the dropout draw from our generator
+        future = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu_(1)
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).add_(future).softmax(-1)  # (B, H, T, T)
+        context = dropout(weights, config.drop_rate, generator) @ v
+    return linear(context.transpose(1, 2).reshape(B, T, E), params, f"{name}.out_proj")
+
+
+def feed_forward(x: Tensor, params: Params, name: str) -> Tensor:
+    """E -> 4 E -> E, with GELU in its tanh form between."""
+    return linear(F.gelu(linear(x, params, f"{name}.0"), approximate="tanh"), params, f"{name}.2")
+
+
+def transformer_block(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
+                      past: Cache | None = None) -> Tensor:
+    """x (B, T, E) plus what attention, then what the feed-forward network, adds to it."""
+    attended = attention(layer_norm(x, params, f"{name}.norm1"), params, f"{name}.att", config, generator, past)
+    x = x + dropout(attended, config.drop_rate, generator)
+    fed = feed_forward(layer_norm(x, params, f"{name}.norm2"), params, f"{name}.ff.layers")
+    return x + dropout(fed, config.drop_rate, generator)
+
+
+def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
+                  cache: Cache | None = None) -> Tensor:
+    """What the output head sees: (B, T, E) for token_ids (B, T), which follow the tokens in `cache`, if one is given."""
+    start = 0 if cache is None else cache.length
+    end = start + token_ids.shape[1]
+    if end > config.context_length:
+        raise ValueError(f"{end} tokens are more than context_length {config.context_length}")
+    x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
+    x = dropout(x, config.drop_rate, generator).to(params["out_head.weight"].dtype)
+    for i in range(config.n_layers):
+        past = None if cache is None else Cache(cache.keys[i], cache.values[i], cache.length)
+        x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
+    return layer_norm(x, params, "final_norm")
+
+
+def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None) -> Tensor:
+    """Logits (B, T, V): row t scores every vocabulary entry as the token after token_ids[:, :t + 1] (section 5.1.1).
+
+    token_ids (B, T) are integers below V. Dropout happens if and only if a generator is passed. ValueError when T is
+    more than context_length.
+    """
+    return linear(hidden_states(params, token_ids, config, generator), params, "out_head")
+
+
+def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
+              generator: torch.Generator | None = None) -> Tensor:
+    """Mean cross-entropy, in nats a token, of the targets (B, T) given the inputs (B, T): a scalar (section 5.1.2)."""
+    logits = forward(params, inputs, config, generator).flatten(0, 1)  # (B * T, V)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+
+
+def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
+    """A cache of length 0 with room for that many tokens in each of batch_size rows."""
+    shape = (config.n_layers, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
+    keys, values = (params["tok_emb.weight"].new_empty(shape) for _ in range(2))
+    return Cache(keys, values, length=0)
+
+
+def append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
+    """The first `length` tokens of a cache buffer (B, H, room, D) and the new ones after them, written into its room."""
+    end = length + new.shape[2]
+    buffer[:, :, length:end] = new
+    return buffer[:, :, :end]
+
+
+def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> tuple[Tensor, Cache]:
+    """Logits (B, V) of the token after token_ids, and the cache grown by token_ids.
+
+    token_ids (B, T) are a whole prompt when the cache is empty, and one token (T = 1) after that.
+    """
+    x = hidden_states(params, token_ids, config, cache=cache)
+    return linear(x[:, -1], params, "out_head"), cache._replace(length=cache.length + token_ids.shape[1])
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias), in the form that reads the weight fastest when x has only a few rows on a CPU.
+
+    Generation multiplies a handful of rows with every weight, so its time is the time to read the weights from memory.
+    The comments say at what share of the memory's speed F.linear does that, and the form used instead (2 cores).
+    """
+    rows, (fan_out, fan_in) = x.numel() // x.shape[-1], weight.shape
+    if rows > 16 or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if x.dtype == torch.bfloat16:  # 55% -> 80%
+        product = weight @ (x.flatten() if rows == 1 else x.view(rows, fan_in).T)
+        product = product.T.reshape(*x.shape[:-1], fan_out) if rows > 1 else product.view(*x.shape[:-1], fan_out)
+        return product if bias is None else product + bias
+    block = next(size for size in range(64, 0, -1) if fan_out % size == 0)
+    if rows > 2 and block >= 8:  # 8 rows: 45% -> 80%, as many small products, which BLAS does without copying
+        blocks = weight.view(-1, block, fan_in).transpose(1, 2)  # (fan_out / block, fan_in, block)
+        product = torch.bmm(x.reshape(1, rows, fan_in).expand(len(blocks), -1, -1), blocks)
+        product = product.transpose(0, 1).reshape(*x.shape[:-1], fan_out)
+        return product if bias is None else product + bias
+    return F.linear(x, weight, bias)

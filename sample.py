@@ -1,0 +1,250 @@
+"""Text in, text out: the tokenizer, temperature, top-k and generation. `python sample.py --help`
+
+A token is drawn in three steps, each a function: `keep_top_k`, `softmax_with_temperature`, `draw`. `stream` repeats them.
+
+Axes: B batch, T tokens, V vocabulary.
+"""
+import argparse
+import base64
+import codecs
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tiktoken
+import torch
+from tiktoken_ext.openai_public import r50k_pat_str
+from torch import Tensor
+
+from gpt import Config, Params, empty_cache, next_logits
+from weights import OPENAI_SIZES, OPENAI_URL, download_openai, load_checkpoint, load_openai
+
+END_OF_TEXT = "<|endoftext|>"
+VOCABULARY = Path(__file__).with_name("r50k_base.tiktoken")
+VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's byte-pair encoding, from the vocabulary beside this file; ValueError if that is damaged (section 5.1.1)."""
+    data = VOCABULARY.read_bytes()
+    if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256:
+        raise ValueError(f"{VOCABULARY} is not the file that came with this program: get it again")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
+    """The token ids of a text, (1, n); `<|endoftext|>` in it is the token 50256 (section 5.1.1)."""
+    return torch.tensor([tokenizer.encode(text, allowed_special={END_OF_TEXT})], dtype=torch.long)
+
+
+def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
+    """The text of token ids (1, n) or (n,) (section 5.1.1)."""
+    return tokenizer.decode(token_ids.flatten().tolist())
+
+
+def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities (..., V) from logits (..., V): evener the higher the temperature (section 5.3.1).
+
+    Infinite logits are limits: -inf has no chance, and +inf all of it. ValueError unless temperature is above 0.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number, not {temperature!r}")
+    limits = torch.finfo(logits.dtype)
+    largest = logits.amax(-1, keepdim=True)
+    below = (logits - largest).masked_fill(logits == largest, 0)  # inf - inf has no value, but is meant as 0 here
+    return (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest logits of each row where they stand, -inf elsewhere; of equal ones just enough (section 5.3.2).
+
+    logits (..., V) -> (..., V), of which min(k, V) are kept. ValueError when k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
+    largest, positions = logits.topk(min(k, logits.shape[-1]))
+    return torch.full_like(logits, -torch.inf).scatter(-1, positions, largest)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index a row (B, 1), drawn with the probabilities (B, V) (section 5.3.1).
+
+    The token with the earliest arrival wins, each arriving after an exponential time with its probability as the rate.
+    These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time.
+    """
+    bits = torch.empty(probabilities.shape, dtype=torch.int64, device=probabilities.device)
+    uniform = bits.random_(2**53, generator=generator).double() * 2.0**-53
+    arrival = -torch.log1p(-uniform).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (probabilities / arrival.to(probabilities.dtype)).argmax(-1, keepdim=True)
+
+
+def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
+               generator: torch.Generator | None = None) -> Tensor:
+    """The next token id of each row (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
+
+    ValueError for a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
+    """
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if generator is None:
+        raise ValueError("a temperature above 0 needs a generator to draw from")
+    return draw(softmax_with_temperature(logits, temperature), generator)
+
+
+@torch.no_grad()
+def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
+           top_k: int | None = None, eos_id: int | None = None,
+           generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """The tokens of `generate` as they come, each (B, 1)."""
+    B, T = token_ids.shape
+    if T == 0 or max_new_tokens < 0:
+        raise ValueError("the prompt must have at least one token" if T == 0 else "max_new_tokens must not be negative")
+    window = token_ids[:, -config.context_length:]
+    cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
+    unread = window
+    ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
+    for _ in range(max_new_tokens):
+        if cache.length == config.context_length:  # the window slides, so every token in it has a new position
+            cache, unread = cache._replace(length=0), window
+        logits, cache = next_logits(params, unread, config, cache)
+        unread = next_token(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature, top_k, generator)
+        if eos_id is not None:
+            ended = ended | (unread == eos_id)
+            if ended.all():
+                return
+            unread = unread.masked_fill(ended, eos_id)
+        yield unread
+        window = torch.cat([window, unread], dim=1)[:, -config.context_length:]
+
+
+def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
+             top_k: int | None = None, eos_id: int | None = None,
+             generator: torch.Generator | None = None) -> Tensor:
+    """token_ids (B, T) followed by up to max_new_tokens new ones (B, T + n) (section 5.3.3).
+
+    Each is chosen by `next_token` given the last context_length tokens before it. Generation ends before a token in
+    which every row has produced eos_id; a row that ends earlier is filled with eos_id. ValueError for an empty prompt
+    and for what `next_token` refuses.
+    """
+    new = stream(params, token_ids, config, max_new_tokens, temperature, top_k, eos_id, generator)
+    return torch.cat([token_ids, *new], dim=1)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """A parser of numbers from low (or above it) up to below high, for argparse."""
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value < high or (above and value == low):
+            raise ValueError
+        return value
+    bound = f"{'above' if above else 'of at least'} {low}" + (f" and below {high}" if high < math.inf else "")
+    parse.__name__ = f"{'whole ' if kind is int else ''}number {bound}"  # argparse: "invalid ... value: '-1'"
+    return parse
+
+
+def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -> None:
+    """Nothing: adds to the parser the options that both command lines share."""
+    add = parser.add_argument
+    add("--weights", default=weights, help=weights_help)
+    add("--size", default="124M", help=f"OpenAI's model: {', '.join(OPENAI_SIZES)} (default: %(default)s)")
+    add("--models-dir", default="gpt2", help="where OpenAI's models are kept (default: %(default)s)")
+    add("--base-url", default=OPENAI_URL, help="where OpenAI's models are downloaded from (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63), default=123, help="of every random draw (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation; float32 is exact, bfloat16 faster (default: %(default)s)")
+    add("--n-heads", type=number(int, 1), help="attention heads; a plain state_dict does not tell (default: emb_dim / 64)")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or for `auto` the best one here; ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    if not there.get(name.split(":")[0], False):
+        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(k for k in there if there[k])}")
+    return torch.device(name)
+
+
+def cast(params: Params, dtype: torch.dtype, device: torch.device | str = "cpu") -> Params:
+    """The parameters in another type or place; tied ones stay tied. Those already there are returned as they are."""
+    moved = {id(tensor): tensor.to(device, dtype) for tensor in params.values()}
+    return {name: moved[id(tensor)] for name, tensor in params.items()}
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """Exits with the command's status; what the user did wrong, or the disk or network, is one line and status 2."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except KeyboardInterrupt:
+        status = 130
+    except (OSError, ValueError, RuntimeError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        if isinstance(error, RuntimeError) and "memory" not in message:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def main() -> int:
+    """The exit status of `python sample.py`."""
+    parser = Parser(description="Continue a text with a GPT-2 model.")
+    add_weight_options(parser, "model.pth", "a checkpoint, or `openai` for the published GPT-2 (default: %(default)s)")
+    parser.add_argument("--prompt", default="Every effort moves you", help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=number(int, 0), default=25, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0,
+                        help="0 always takes the likeliest token; higher is more varied (default: %(default)s)")
+    parser.add_argument("--top-k", type=number(int, 1), help="draw from the k likeliest tokens only (default: all)")
+    args = parser.parse_args()
+
+    if not args.prompt:
+        raise ValueError("--prompt is empty: give the model something to continue")
+    device = pick_device(args.device)
+    if args.weights == "openai":
+        params, config = load_openai(download_openai(args.size, args.models_dir, args.base_url))
+    elif not Path(args.weights).exists():
+        raise ValueError(f"there is no {args.weights}: `python train.py --checkpoint {args.weights}` makes it")
+    else:
+        params, config, *_ = load_checkpoint(args.weights, args.n_heads, mmap=True)
+    params = cast(params, getattr(torch, args.dtype), device)
+    tokenizer = gpt2_tokenizer()
+    if config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"{args.weights} knows {config.vocab_size} tokens, GPT-2's vocabulary has {tokenizer.n_vocab}")
+    prompt = text_to_token_ids(args.prompt, tokenizer).to(device)
+    tokens = stream(params, prompt, config, args.max_new_tokens, args.temperature, args.top_k,
+                    tokenizer.eot_token, torch.Generator(device).manual_seed(args.seed))
+
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
+    print(args.prompt, end="", flush=True)
+    start, count = time.perf_counter(), 0
+    for count, token in enumerate(tokens, 1):
+        print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    seconds = time.perf_counter() - start
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

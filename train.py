@@ -1,0 +1,458 @@
+"""Pretraining: windows of text, the loss over a set, the training step, the loop. `python train.py --help`
+
+A text becomes tokens (`tokenize`), windows (`make_windows`), batches (`batches`), a loss and new parameters
+(`train_step`), again and again (`train`). Every random number comes from one generator, in the chapter's order.
+
+Axes: B batch, T tokens.
+"""
+import argparse
+import ctypes
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+from tqdm import tqdm
+
+from gpt import GPT_CONFIG_124M, Config, Params, calc_loss, init_params, param_shapes
+from sample import (END_OF_TEXT, Parser, add_weight_options, cast, generate, gpt2_tokenizer, number, pick_device, run,
+                    text_to_token_ids, token_ids_to_text)
+from weights import (Checkpoint, OptState, download_openai, load_checkpoint, load_openai, save_checkpoint,
+                     write_atomically)
+
+PIECE = 2**20  # characters that are tokenized at a time
+SETTINGS = ("data", "train_ratio", "epochs", "batch_size", "lr", "weight_decay", "eval_freq", "eval_iter", "seed",
+            "start_context", "save_every", "dtype")  # what --resume takes from the checkpoint unless it is said anew
+
+
+def tune_allocator() -> None:
+    """Nothing: tells glibc's malloc to keep freed memory, and does nothing where there is no glibc.
+
+    Each step frees and takes the same gigabytes. Given back to the kernel, every page of them would have to be mapped
+    and cleared anew: a fifth of the step's time.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(-4, 0)           # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def read_text(paths: Sequence[str | Path]) -> str:
+    """The text of UTF-8 files, `<|endoftext|>` between them; ValueError for one that is empty or no text."""
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text") from None
+        if not texts[-1].strip() or "\0" in texts[-1]:
+            raise ValueError(f"{path} is {'empty' if not texts[-1].strip() else 'not text: it has zero bytes'}")
+    return END_OF_TEXT.join(texts)
+
+
+def tokenize(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """The token ids of a text, as 16-bit integers (section 5.1.3)."""
+    cut = re.compile(r"(?<=\S)[ \n]")  # no token reaches from before a blank into it, so these pieces are exact
+    starts = [0]
+    while len(text) - starts[-1] > PIECE and (found := cut.search(text, starts[-1] + PIECE)):
+        starts.append(found.start())
+    pieces = [text[start:end] for start, end in pairwise([*starts, len(text)])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tokens = pool.map(lambda piece: tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT}).astype(np.uint16),
+                          pieces)
+        return np.concatenate(list(tqdm(tokens, "tokenizing", len(pieces), delay=1, leave=False)))
+
+
+def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Views of length + 1 tokens (n, length + 1), one every `length` tokens: inputs, and targets shifted by one."""
+    if len(tokens) <= length:
+        return np.empty((0, length + 1), tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A random 63-bit integer: what the chapter's DataLoader draws when a pass begins."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+
+
+def pass_seed(generator: torch.Generator) -> int:
+    """The seed of a shuffled pass. Like the chapter's DataLoader, it first draws a seed for workers that there are not."""
+    draw_seed(generator)
+    return draw_seed(generator)
+
+
+def shuffled(n: int, seed: int) -> np.ndarray:
+    """The numbers below n in the order that belongs to the seed."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def batch_of(windows: np.ndarray, rows: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of the windows in these rows."""
+    tokens = torch.from_numpy(windows[rows].astype(np.int64)).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, shuffle: bool,
+            device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the windows: inputs and targets (B, T). A shuffled pass drops the last, partial batch (5.1.3)."""
+    n = len(windows)
+    if shuffle:
+        order, n = shuffled(n, pass_seed(generator)), n - n % batch_size
+    else:
+        order, _ = np.arange(n), draw_seed(generator)
+    for start in range(0, n, batch_size):
+        yield batch_of(windows, order[start:min(start + batch_size, n)], device)
+
+
+@torch.no_grad()
+def calc_loss_loader(params: Params, loader: Iterator[tuple[Tensor, Tensor]], config: Config,
+                     num_batches: int | None = None) -> float:
+    """The mean loss of the first num_batches batches, of all by default; nan if there is none (section 5.1.3)."""
+    losses = [calc_loss(params, *batch, config).item() for batch, _ in zip(loader, range(num_batches or sys.maxsize))]
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def evaluate_model(params: Params, train_windows: np.ndarray, val_windows: np.ndarray, batch_size: int, config: Config,
+                   generator: torch.Generator, eval_iter: int | None = None,
+                   device: torch.device | str = "cpu") -> tuple[float, float]:
+    """The mean training and validation loss over eval_iter batches of each, without dropout (section 5.2)."""
+    train = batches(train_windows, batch_size, generator, shuffle=True, device=device)
+    train_loss = calc_loss_loader(params, train, config, eval_iter)
+    val = batches(val_windows, batch_size, generator, shuffle=False, device=device)
+    return train_loss, calc_loss_loader(params, val, config, eval_iter)
+
+
+def init_optimizer(params: Params) -> OptState:
+    """AdamW's state before the first step: its step count and two moments for each parameter, all 0 (section 5.2)."""
+    zeros = [{name: torch.zeros_like(tensor) for name, tensor in params.items()} for _ in range(2)]
+    return {"step": torch.zeros((), device=params["tok_emb.weight"].device), "exp_avg": zeros[0],
+            "exp_avg_sq": zeros[1]}
+
+
+def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
+               generator: torch.Generator | None = None, *, lr: float = 4e-4, weight_decay: float = 0.1,
+               dtype: torch.dtype = torch.float32,
+               average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
+    """New parameters, new optimizer state and the batch's loss, after one step of AdamW (section 5.2).
+
+    inputs and targets are (B, T). The new values are written into the buffers of the old: use only what is returned.
+    The model computes in `dtype`, the parameters stay as they are. `average`, if given, gets the gradients, in the order
+    of the parameters, and returns those to use: with several processes, their mean.
+    """
+    leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in params.values()}  # tied tensors are one leaf
+    tracked = {name: leaves[id(tensor)] for name, tensor in params.items()}
+    # Embeddings need no cast: a lookup reads a few rows of a table, a cast would copy all of it.
+    computed = {name: leaf if "_emb." in name else leaf.to(dtype) for name, leaf in tracked.items()}
+    loss = calc_loss(computed, inputs, targets, config, generator)
+    gradients = list(torch.autograd.grad(loss, list(leaves.values())))
+    if average is not None:
+        gradients = average(gradients)
+    first, second = ([{id(params[name]): moment for name, moment in opt_state[key].items()}[leaf] for leaf in leaves]
+                     for key in ("exp_avg", "exp_avg_sq"))
+    with torch.no_grad():
+        adamw(list(leaves.values()), gradients, first, second, [], [opt_state["step"].clone() for _ in leaves],
+              fused=True, amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
+              weight_decay=weight_decay)
+    return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
+
+
+class Progress(NamedTuple):
+    """How far a run is: with parameters, optimizer state and configuration, all that the rest of it depends on."""
+    window: int                         # tokens in a window
+    steps_per_epoch: int
+    step: int = 0                       # steps done
+    order_seed: int | None = None       # of the epoch's order
+    generator: Tensor | None = None     # its state
+    tokens_seen: tuple[int, ...] = ()   # at each evaluation, as the two below
+    train_losses: tuple[float, ...] = ()
+    val_losses: tuple[float, ...] = ()
+
+
+class Processes(NamedTuple):
+    """This process among those that train together: one, unless torchrun started several."""
+    rank: int = 0
+    count: int = 1
+
+    def average(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The mean of the gradients over all processes, in one exchange. ConnectionError if another has ended."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.exchange(flat, dist.ReduceOp.SUM)
+        parts = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+    def exchange(self, tensor: Tensor, operation: Any) -> None:
+        """Nothing: makes of each process's tensor the sum or maximum over all of them, in place."""
+        try:
+            dist.all_reduce(tensor, operation)
+        except RuntimeError:
+            raise ConnectionError("another process has ended: start again with --resume") from None
+
+    def agree(self, value: int, device: torch.device) -> int:
+        """The largest value that a process has brought: the same in all of them."""
+        if self.count == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.int64, device=device)
+        self.exchange(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+
+def plot_losses(epochs_seen: Sequence[float], tokens_seen: Sequence[int], train_losses: Sequence[float],
+                val_losses: Sequence[float], path: str | Path) -> None:
+    """Nothing: draws the losses against epochs, with a second axis for the tokens seen, into a file (figure 5.12)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    tokens_per_epoch = tokens_seen[-1] / epochs_seen[-1]
+    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(epochs_seen, train_losses, label="Training loss")
+    axes.plot(epochs_seen, val_losses, linestyle="-.", label="Validation loss")
+    axes.set(xlabel="Epochs", ylabel="Loss")
+    axes.legend(loc="upper right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_epoch, lambda x: x / tokens_per_epoch)).set_xlabel(
+        "Tokens seen")
+    with write_atomically(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:])
+
+
+def catch_signals() -> list[int]:
+    """A list that will hold the first Ctrl-C or SIGTERM to come; a second one ends the process at once."""
+    caught: list[int] = []
+
+    def handle(signum: int, frame: Any) -> None:
+        caught.append(signum)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, handle)
+    return caught
+
+
+def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Sequence[np.ndarray],
+          generator: torch.Generator, args: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    """The signal that ended training early, or 0; prints the chapter's log, draws the losses, saves (section 5.2).
+
+    windows are the training and the validation set's. Process 0 alone evaluates, prints and saves.
+    """
+    tokenizer, dtype, leader, signals = gpt2_tokenizer(), getattr(torch, args.dtype), processes.rank == 0, catch_signals()
+    start_ids = text_to_token_ids(args.start_context, tokenizer).to(device)
+    first_row, rows = np.array([processes.rank, 1]) * (args.batch_size // processes.count)
+    total, batch_tokens = args.epochs * progress.steps_per_epoch, args.batch_size * progress.window
+    order_seed, order = progress.order_seed, None
+    with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
+              unit_scale=True, disable=not leader) as bar:
+        for step in range(progress.step, total):
+            epoch, index = divmod(step, progress.steps_per_epoch)
+            if index == 0 or order_seed is None:
+                order_seed = processes.agree(pass_seed(generator) if leader else 0, device)
+            if index == 0 or order is None:
+                order = shuffled(len(windows[0]), order_seed)
+            start = index * args.batch_size + first_row
+            inputs, targets = batch_of(windows[0], order[start:start + rows], device)
+            dropout_generator = generator  # the chapter's one stream; elsewhere than in its one process, one a step
+            if device.type != "cpu" or not leader:
+                seed = (args.seed + 1) * 2**40 + step * processes.count + processes.rank
+                dropout_generator = torch.Generator(device).manual_seed(seed % 2**63)
+            params, opt_state, _ = train_step(
+                params, opt_state, inputs, targets, config, dropout_generator, lr=args.lr,
+                weight_decay=args.weight_decay, dtype=dtype, average=processes.average if processes.count > 1 else None)
+            bar.update(batch_tokens)
+            progress = progress._replace(step=step + 1, order_seed=order_seed)
+            if leader and step % args.eval_freq == 0:
+                train_loss, val_loss = evaluate_model(cast(params, dtype, device), *windows, args.batch_size, config,
+                                                      generator, args.eval_iter, device)
+                progress = progress._replace(tokens_seen=(*progress.tokens_seen, (step + 1) * batch_tokens),
+                                             train_losses=(*progress.train_losses, train_loss),
+                                             val_losses=(*progress.val_losses, val_loss))
+                log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+            if leader and index == progress.steps_per_epoch - 1:
+                text = token_ids_to_text(generate(cast(params, dtype, device), start_ids, config, 50), tokenizer)
+                log(text.replace("\n", " "))
+            stop = processes.agree(signals[0] if signals else 0, device)
+            if leader and (stop or step + 1 == total or (args.save_every and (step + 1) % args.save_every == 0)):
+                progress = progress._replace(generator=generator.get_state())
+                save_checkpoint(args.checkpoint, params, config, opt_state, args.lr, args.weight_decay,
+                                progress=progress._asdict(), settings={key: getattr(args, key) for key in SETTINGS})
+            if stop:
+                break
+    if leader and progress.tokens_seen:
+        epochs_seen = [tokens / (batch_tokens * progress.steps_per_epoch) for tokens in progress.tokens_seen]
+        plot_losses(epochs_seen, *progress[-3:], args.plot)
+    if leader and stop:
+        print(f"stopped after step {step}: `python train.py --resume --checkpoint {args.checkpoint}` goes on",
+              file=sys.stderr)
+    return stop
+
+
+def log(line: str) -> None:
+    """Nothing: prints the line to standard output, clear of the progress bar on standard error."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def build_parser() -> Parser:
+    """The parser of this command line; its defaults are the chapter's."""
+    parser = Parser(description="Train a GPT-2 model on a text, as the chapter does.")
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--data", nargs="+", default=["the-verdict.txt"], help=f"UTF-8 text files {default}")
+    add("--train-ratio", type=number(float, 0, 1, above=True), default=0.9, help=f"the part to train on {default}")
+    add("--epochs", type=number(int, 0), default=10, help=f"in total, also with --resume; 0 prints the losses {default}")
+    add("--batch-size", type=number(int, 1), default=2, help=f"windows a step, over all processes {default}")
+    add("--lr", type=number(float, 0, above=True), default=4e-4, help=f"AdamW's learning rate {default}")
+    add("--weight-decay", type=number(float, 0), default=0.1, help=f"AdamW's weight decay {default}")
+    add("--eval-freq", type=number(int, 1), default=5, help=f"steps between evaluations {default}")
+    add("--eval-iter", type=number(int, 1), default=5, help=f"batches of each set in an evaluation {default}")
+    add("--start-context", default="Every effort moves you", help=f"what the samples continue {default}")
+    add("--checkpoint", default="model.pth", help=f"where the model is saved {default}")
+    add("--plot", default="loss.png", help=f"where the losses are drawn: .png, .pdf or .svg {default}")
+    add("--save-every", type=number(int, 0), default=0, help="steps between saves; 0: at the end and when interrupted")
+    add("--resume", action="store_true", help="go on from --checkpoint, with its settings where none are given")
+    add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
+    for field in fields(Config):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(GPT_CONFIG_124M, field.name)
+        if field.name == "qkv_bias":
+            add(flag, action=argparse.BooleanOptionalAction, help=f"bias of query, key and value (default: {value})")
+        elif field.name != "n_heads":
+            kind = number(float, 0, 1) if field.name == "drop_rate" else number(int, 1)
+            add(flag, type=kind, help=f"of the model (default: {value})")
+    return parser
+
+
+def check_before(args: argparse.Namespace, n_params: int) -> None:
+    """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
+    checkpoint, plot = Path(args.checkpoint), Path(args.plot)
+    if len({path.resolve() for path in (checkpoint, plot, *map(Path, args.data))}) < 2 + len(args.data):
+        raise ValueError("--data, --checkpoint and --plot must all be different files")
+    if plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        raise ValueError(f"--checkpoint {checkpoint} is there and is no checkpoint: it will not be overwritten")
+    for path in (checkpoint, plot):
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory, not a file to write")
+        with open(f"{path}.partial", "wb"):
+            os.remove(f"{path}.partial")
+    free, needed = shutil.disk_usage(checkpoint.resolve().parent).free, 12 * n_params  # float32, and AdamW's two moments
+    if free < needed:
+        raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+
+
+def load_run(args: argparse.Namespace, parser: Parser) -> tuple[Checkpoint, Progress | None, argparse.Namespace]:
+    """What --resume goes on from, its progress unless the file is not ours, and the settings where none are given."""
+    if not Path(args.checkpoint).exists():
+        raise ValueError(f"there is no {args.checkpoint}: `python train.py --checkpoint {args.checkpoint}` makes it")
+    checkpoint = load_checkpoint(args.checkpoint, args.n_heads)
+    try:
+        settings = {key: checkpoint.run["settings"][key] for key in SETTINGS} if checkpoint.run else {}
+        parser.set_defaults(**{key: value if key == "data" else str(value) for key, value in settings.items()})
+        progress = Progress(**checkpoint.run["progress"]) if checkpoint.run else None
+    except (KeyError, TypeError):
+        raise ValueError(f"{args.checkpoint} is not a checkpoint of this program") from None
+    args = parser.parse_args()
+    if progress and args.batch_size != settings["batch_size"]:
+        raise ValueError(f"--batch-size {args.batch_size} contradicts {args.checkpoint}: {settings['batch_size']} there")
+    return checkpoint, progress, args
+
+
+def fit_config(config: Config, given: dict[str, Any], source: str) -> Config:
+    """The configuration of loaded parameters; ValueError if the user gave another. Only drop_rate is free to change."""
+    for name, value in given.items():
+        if value != getattr(config, name) and name != "drop_rate":
+            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {source}: {getattr(config, name)} there")
+    return replace(config, drop_rate=given.get("drop_rate", config.drop_rate))
+
+
+def main() -> int:
+    """The exit status of `python train.py`."""
+    tune_allocator()
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.weights not in (None, "openai"):
+        raise ValueError("--weights can only be openai; to go on from a file, use --resume --checkpoint FILE")
+    if args.resume and args.weights:
+        raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
+    given = {field.name: value for field in fields(Config) if (value := getattr(args, field.name)) is not None}
+    opt_state, progress = None, None
+    if args.resume:
+        (params, config, opt_state, _), progress, args = load_run(args, parser)
+        window = progress.window if progress else config.context_length
+        if given.get("context_length") == window:
+            del given["context_length"]
+        config = fit_config(config, given, args.checkpoint)
+    else:
+        config = replace(GPT_CONFIG_124M, **given)
+        window = config.context_length
+    device = pick_device(args.device)
+    processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if args.batch_size % processes.count:
+        raise ValueError(f"--batch-size {args.batch_size} can't be split evenly over {processes.count} processes")
+
+    tokenizer = gpt2_tokenizer()
+    if config.vocab_size != tokenizer.n_vocab:
+        raise ValueError(f"--vocab-size must be {tokenizer.n_vocab}, the size of GPT-2's vocabulary")
+    if not args.start_context:
+        raise ValueError("--start-context is empty: give the samples something to continue")
+    text = read_text(args.data)
+    split = int(args.train_ratio * len(text))
+    windows = [make_windows(tokenize(part, tokenizer), window) for part in (text[:split], text[split:])]
+    steps_per_epoch = len(windows[0]) // args.batch_size
+    if not steps_per_epoch or not len(windows[1]):
+        part, needed = ("validation", 1) if steps_per_epoch else ("training", args.batch_size)
+        raise ValueError(f"the text is too short: its {part} part has {len(windows[bool(steps_per_epoch)])} windows of "
+                         f"{window} tokens, {needed} or more are needed")
+    if progress and progress.steps_per_epoch != steps_per_epoch:
+        raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
+                         f"{steps_per_epoch}")
+    if args.epochs:
+        check_before(args, sum(math.prod(shape) for shape in param_shapes(config).values()))
+
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.weights:
+        params, config = load_openai(download_openai(args.size, args.models_dir, args.base_url))
+        if window > config.context_length:
+            raise ValueError(f"--context-length {window} is more than the {config.context_length} of these weights")
+        config = fit_config(config, {name: value for name, value in given.items() if name != "context_length"}, "openai")
+    elif not args.resume:
+        params = init_params(config, generator)
+    if progress and progress.generator is not None:
+        generator.set_state(progress.generator)
+    params = cast(params, torch.float32, device)
+    if not args.epochs:
+        losses = evaluate_model(cast(params, getattr(torch, args.dtype)), *windows, args.batch_size, config, generator,
+                                device=device)
+        print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
+        return 0
+
+    if device.type != "cpu":
+        torch.set_float32_matmul_precision("high")
+        print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
+    opt_state = init_optimizer(params) if opt_state is None else {
+        "step": opt_state["step"].to(device), **{key: cast(opt_state[key], torch.float32, device)
+                                                 for key in ("exp_avg", "exp_avg_sq")}}
+    progress = progress or Progress(window, steps_per_epoch, step=int(opt_state["step"]))
+    if progress.step >= args.epochs * steps_per_epoch:
+        print(f"{args.checkpoint} has done its {args.epochs} epochs: give more with --epochs", file=sys.stderr)
+        return 0
+    if processes.count > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    stop = train(params, opt_state, config, progress, windows, generator, args, device, processes)
+    return 128 + stop if stop else 0
+
+
+if __name__ == "__main__":
+    run(main)

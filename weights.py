@@ -1,0 +1,298 @@
+"""Parameters in and out of files: our checkpoints, the chapter's, and the GPT-2 weights that OpenAI published.
+
+Every function here reads or writes files, as its name says. What is read is checked before it is returned, and a file
+takes its name only when it is whole.
+"""
+import base64
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import requests
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt import GPT_CONFIG_124M, Config, Params, param_shapes
+
+OptState = dict[str, Any]  # {"step": scalar, "exp_avg": Params, "exp_avg_sq": Params}, made by train.init_optimizer
+
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
+OPENAI_FILES = ("hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001")
+RETRY_PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt of a download that broke
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file holds. `run` is what train.py adds to go on from it: {} in a file of another origin."""
+    params: Params
+    config: Config
+    opt_state: OptState | None
+    run: dict[str, Any]
+
+
+def assign(left: Tensor, right: Any) -> Tensor:
+    """`right` as a tensor, if its shape is that of `left`; otherwise a ValueError names both shapes (section 5.5)."""
+    right = torch.as_tensor(right)
+    if left.shape != right.shape:
+        raise ValueError(f"shape mismatch: {tuple(left.shape)} is needed, {tuple(right.shape)} was given")
+    return right
+
+
+def check_params(params: Params, config: Config, source: Path) -> Params:
+    """The parameters of `config`, in its order; a ValueError names the first that is absent, unknown or misshapen."""
+    shapes = param_shapes(config)
+    if unknown := [name for name in params if name not in shapes]:
+        raise ValueError(f"{source}: {unknown[0]} is not a parameter of this model")
+    for name, shape in shapes.items():
+        if not isinstance(params.get(name), Tensor) or not params[name].is_floating_point():
+            raise ValueError(f"{source}: the parameter {name} {shape} is missing")
+        try:
+            assign(torch.empty(shape, device="meta"), params[name])
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {error}") from None
+    return {name: params[name] for name in shapes}
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the name `path` when all of it is on the disk. OSError if that fails."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the disk said
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
+
+
+def save_checkpoint(path: str | Path, params: Params, config: Config, opt_state: OptState | None = None,
+                    lr: float = 4e-4, weight_decay: float = 0.1, **run: Any) -> None:
+    """Nothing: writes one file that `load_checkpoint`, the chapter's model and torch.optim.AdamW can read (section 5.4).
+
+    At every instant the file at `path` is the old one or the new one, whole. OSError if it can't be written.
+    """
+    content = {"model_state_dict": params, "config": asdict(config), "run": run}
+    if opt_state is not None:
+        moments = zip(opt_state["exp_avg"].values(), opt_state["exp_avg_sq"].values(), strict=True)
+        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay).state_dict()
+        optimizer["param_groups"][0]["params"] = list(range(len(params)))
+        optimizer["state"] = {i: {"step": opt_state["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
+                              for i, (first, second) in enumerate(moments)}
+        content["optimizer_state_dict"] = optimizer
+    with write_atomically(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: str | Path, n_heads: int | None = None, mmap: bool = False) -> Checkpoint:
+    """The content of a file of ours or of the chapter's: a state_dict, alone or with the optimizer's (section 5.4).
+
+    A file of the chapter's does not tell its configuration: it is inferred from the shapes, with n_heads as given or
+    emb_dim / 64. With `mmap` the tensors are read from the disk as they are used. Nothing in the file is ever run.
+    FileNotFoundError if there is none, ValueError if it is damaged or something else.
+    """
+    path = Path(path)
+    try:
+        check_zip(path)
+        content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever a foreign file makes the reader stumble over, it is no checkpoint
+        raise ValueError(f"{path} is not a checkpoint, or it is damaged: nothing was loaded from it") from None
+    try:
+        params = content.get("model_state_dict", content)
+        params = {name: tensor for name, tensor in params.items() if not name.endswith(".att.mask")}
+        config = Config(**content["config"]) if "config" in content else infer_config(params, n_heads)
+        run = dict(content.get("run", {}))
+        optimizer = content.get("optimizer_state_dict")
+        params = check_params(params, config, path)
+        return Checkpoint(params, config, optimizer and read_adamw(optimizer, params), run)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a checkpoint of a GPT model") from None
+
+
+def check_zip(path: Path) -> None:
+    """Nothing; a ValueError or BadZipFile if the file is not what was written: torch.load skips the zip's checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise ValueError("a checksum does not match")
+
+
+def infer_config(params: Params, n_heads: int | None = None) -> Config:
+    """The configuration that parameters of these names and shapes belong to; KeyError if they are no GPT model's."""
+    (vocab_size, emb_dim), context_length = params["tok_emb.weight"].shape, len(params["pos_emb.weight"])
+    return Config(vocab_size, context_length, emb_dim, n_heads=n_heads or max(1, emb_dim // 64),
+                  n_layers=sum(name.endswith(".norm1.scale") for name in params), drop_rate=GPT_CONFIG_124M.drop_rate,
+                  qkv_bias="trf_blocks.0.att.W_query.bias" in params)
+
+
+def read_adamw(optimizer: dict[str, Any], params: Params) -> OptState:
+    """The state of a torch.optim.AdamW, which numbers the parameters in their order, as ours, which names them."""
+    states = [optimizer["state"][i] for i in range(len(params))]
+    moments = {key: {name: assign(tensor, state[key]) for (name, tensor), state in zip(params.items(), states)}
+               for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.as_tensor(states[0]["step"], dtype=torch.float32), **moments}
+
+
+def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = OPENAI_URL) -> Path:
+    """The folder models_dir/size, after fetching into it what it lacks of OpenAI's checkpoint (section 5.5).
+
+    ValueError for a size that does not exist. OSError if a file can't be had, with what to put where by hand.
+    """
+    if size not in OPENAI_SIZES:
+        raise ValueError(f"there is no GPT-2 of size {size}: choose from {', '.join(OPENAI_SIZES)}")
+    folder = Path(models_dir) / size
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in OPENAI_FILES:
+        url = f"{base_url.rstrip('/')}/{size}/{name}"
+        try:
+            download_file(url, folder / name)
+        except requests.RequestException as error:
+            reason = f"{error.response.status_code} {error.response.reason}" if error.response is not None else \
+                str(error) if type(error) is requests.RequestException else "there is no connection, or it broke"
+            raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: put "
+                          f"{', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
+    return folder
+
+
+def download_file(url: str, path: Path) -> None:
+    """Nothing; the file at `path` is there afterwards, whole. requests.RequestException if it can't be had.
+
+    What has come is kept in `path`.partial, also over several runs, and the next attempt goes on where it ended.
+    """
+    for pause in (*RETRY_PAUSES, None):
+        try:
+            return None if path.exists() else download_once(url, path)
+        except requests.RequestException as error:
+            status = error.response.status_code if error.response is not None else 500
+            if pause is None or (status < 500 and status not in (408, 416, 429)):
+                raise
+            time.sleep(pause)
+
+
+def download_once(url: str, path: Path) -> None:
+    """Nothing: one attempt of `download_file`."""
+    partial = Path(f"{path}.partial")
+    start = partial.stat().st_size if partial.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == 416:  # there is nothing after what we have: it is not the server's file
+            partial.unlink()
+        response.raise_for_status()
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise requests.RequestException("a web page came in place of the file")
+        if response.status_code != 206:  # the server sends the whole, whatever was asked
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with open(partial, "ab" if start else "wb") as file, tqdm(
+                desc=path.name, initial=start, total=total, unit="B", unit_scale=True) as bar:
+            for chunk in response.iter_content(chunk_size=2**20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    size, md5 = partial.stat().st_size, response.headers.get("Content-MD5")
+    if total is not None and size < total:
+        raise requests.ConnectionError("the connection broke")
+    with open(partial, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").digest()
+    if (total is not None and size > total) or (md5 and base64.b64encode(digest).decode() != md5):
+        partial.unlink()  # a wrong beginning can't be mended: the next attempt starts anew
+        raise requests.RequestException("what came is not what the server announced")
+    os.replace(partial, path)
+
+
+def load_openai(folder: str | Path) -> tuple[Params, Config]:
+    """OpenAI's parameters and their configuration, from the folder of a TensorFlow checkpoint (section 5.5).
+
+    out_head.weight is tok_emb.weight. The result is kept in folder/converted.pth: while the checkpoint stays the same,
+    the next call maps that file into memory and needs no tensorflow. ValueError if something in the folder is damaged
+    or does not fit hparams.json, FileNotFoundError if it is not there.
+    """
+    folder = Path(folder)
+    converted = folder / "converted.pth"
+    source = [[path.stat().st_size, path.stat().st_mtime_ns] for path in (folder / name for name in OPENAI_FILES)]
+    try:
+        cached = load_checkpoint(converted, mmap=True)
+        if cached.run.get("source") == source:
+            return cached.params, cached.config
+    except (OSError, ValueError):
+        pass  # there is none, or it is damaged: make it
+    params, config = read_openai(folder)
+    try:
+        save_checkpoint(converted, params, config, source=source)
+    except OSError:
+        pass  # a folder that can't be written to costs time at the next start, nothing else
+    return params, config
+
+
+def read_openai(folder: Path) -> tuple[Params, Config]:
+    """Parameters and configuration as `load_openai` returns them, read by tensorflow."""
+    try:
+        hparams = json.loads((folder / "hparams.json").read_bytes())
+        config = Config(vocab_size=hparams["n_vocab"], context_length=hparams["n_ctx"], emb_dim=hparams["n_embd"],
+                        n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'hparams.json'} is damaged ({error!r}): delete it to download it again") from None
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up chatter is no one's business here
+    import tensorflow as tf
+    tf.config.set_visible_devices([], "GPU")
+    try:
+        reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+        shapes = reader.get_variable_to_shape_map()
+
+        def read(variable: str, *shape: int) -> np.ndarray:
+            if tuple(shapes.get(variable, ())) != shape:
+                raise ValueError(f"{folder / 'model.ckpt'}: {variable} has to be {shape} for hparams.json, but is "
+                                 + (str(tuple(shapes[variable])) if variable in shapes else "missing"))
+            return reader.get_tensor(variable)
+
+        params = convert_openai(read, config)
+    except (tf.errors.OpError, UnicodeDecodeError, RuntimeError) as error:
+        part = OPENAI_FILES[2] if "data-00000" in str(error) or "shapes" in locals() else OPENAI_FILES[1]
+        raise ValueError(f"{folder / part} is damaged: delete it to download it again") from None
+    if f"model/h{config.n_layers}/ln_1/g" in shapes:
+        raise ValueError(f"{folder / 'model.ckpt'}: has more blocks than the n_layer {config.n_layers} of hparams.json")
+    return check_params(params, config, folder), config
+
+
+def convert_openai(read: Callable[..., np.ndarray], config: Config) -> Params:
+    """Our parameters out of OpenAI's variables, each fetched by read(name, *shape) (section 5.5)."""
+    E = config.emb_dim
+    params = {"tok_emb.weight": torch.from_numpy(read("model/wte", config.vocab_size, E)),
+              "pos_emb.weight": torch.from_numpy(read("model/wpe", config.context_length, E))}
+    params["out_head.weight"] = params["tok_emb.weight"]
+
+    def linear(name: str, variable: str, fan_in: int, fan_out: int, parts: tuple[str, ...] = ("",)) -> None:
+        weight, bias = read(f"{variable}/w", 1, fan_in, fan_out)[0], read(f"{variable}/b", fan_out)  # stored (in, out)
+        for part, w, b in zip(parts, np.split(weight, len(parts), axis=1), np.split(bias, len(parts)), strict=True):
+            params[f"{name}{part}.weight"] = torch.from_numpy(np.ascontiguousarray(w.T))
+            params[f"{name}{part}.bias"] = torch.from_numpy(b.copy())
+
+    def norm(name: str, variable: str) -> None:
+        params[f"{name}.scale"] = torch.from_numpy(read(f"{variable}/g", E))
+        params[f"{name}.shift"] = torch.from_numpy(read(f"{variable}/b", E))
+
+    for i in range(config.n_layers):
+        block, variable = f"trf_blocks.{i}", f"model/h{i}"
+        linear(f"{block}.att.", f"{variable}/attn/c_attn", E, 3 * E, ("W_query", "W_key", "W_value"))
+        linear(f"{block}.att.out_proj", f"{variable}/attn/c_proj", E, E)
+        linear(f"{block}.ff.layers.0", f"{variable}/mlp/c_fc", E, 4 * E)
+        linear(f"{block}.ff.layers.2", f"{variable}/mlp/c_proj", 4 * E, E)
+        norm(f"{block}.norm1", f"{variable}/ln_1")
+        norm(f"{block}.norm2", f"{variable}/ln_2")
+    norm("final_norm", "model/ln_f")
+    return params
