@@ -81,7 +81,7 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """
     bits = torch.empty(probabilities.shape, dtype=torch.int64, device=probabilities.device)
     uniform = bits.random_(2**53, generator=generator).double() * 2.0**-53
-    arrival = -torch.log1p(-uniform).clamp_min_(torch.finfo(torch.float32).tiny)
+    arrival = (-torch.log1p(-uniform)).clamp_min_(torch.finfo(torch.float32).tiny)
     return (probabilities / arrival.to(probabilities.dtype)).argmax(-1, keepdim=True)
 
 
