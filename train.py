@@ -158,7 +158,7 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     # Embeddings need no cast: a lookup reads a few rows of a table, a cast would copy all of it.
     computed = {name: leaf if "_emb." in name else leaf.to(dtype) for name, leaf in tracked.items()}
     loss = calc_loss(computed, inputs, targets, config, generator)
-    gradients = list(torch.autograd.grad(loss, list(leaves.values())))
+    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
     if average is not None:
         gradients = average(gradients)
     first, second = ([{id(params[name]): moment for name, moment in opt_state[key].items()}[leaf] for leaf in leaves]
