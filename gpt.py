@@ -65,7 +65,7 @@ def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(config: Config, generator: torch.Generator) -> Params:
-    """Fresh float32 parameters: embeddings standard normal, linear layers uniform on +-1/sqrt(fan_in), norms the identity.
+    """Fresh float32 parameters: standard normal embeddings, linear layers uniform on +-1/sqrt(fan_in), identity norms.
 
     Drawn in the order of `param_shapes`, which gives the numbers of the chapter's model after `torch.manual_seed`
     when `generator` has that seed (section 5.1.1).
@@ -146,7 +146,7 @@ def transformer_block(x: Tensor, params: Params, name: str, config: Config, gene
 
 def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
                   cache: Cache | None = None) -> Tensor:
-    """What the output head sees: (B, T, E) for token_ids (B, T), which follow the tokens in `cache`, if one is given."""
+    """What the output head sees: (B, T, E) for token_ids (B, T), which follow the tokens in `cache`, if any."""
     start = 0 if cache is None else cache.length
     end = start + token_ids.shape[1]
     if end > config.context_length:
@@ -183,7 +183,7 @@ def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> C
 
 
 def append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
-    """The first `length` tokens of a cache buffer (B, H, room, D) and the new ones after them, written into its room."""
+    """The first `length` tokens of a cache buffer (B, H, room, D), then the new ones, written into its room."""
     end = length + new.shape[2]
     buffer[:, :, length:end] = new
     return buffer[:, :, :end]

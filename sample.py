@@ -1,6 +1,6 @@
 """Text in, text out: the tokenizer, temperature, top-k and generation. `python sample.py --help`
 
-A token is drawn in three steps, each a function: `keep_top_k`, `softmax_with_temperature`, `draw`. `stream` repeats them.
+A token is drawn in three steps: `keep_top_k`, `softmax_with_temperature`, `draw`. `stream` repeats them.
 
 Axes: B batch, T tokens, V vocabulary.
 """
@@ -30,7 +30,7 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding, from the vocabulary beside this file; ValueError if that is damaged (section 5.1.1)."""
+    """GPT-2's byte-pair encoding, from the file that came with this one; ValueError if that is damaged (5.1.1)."""
     data = VOCABULARY.read_bytes()
     if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256:
         raise ValueError(f"{VOCABULARY} is not the file that came with this program: get it again")
@@ -87,7 +87,7 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
                generator: torch.Generator | None = None) -> Tensor:
-    """The next token id of each row (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
+    """Each row's next token id (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
 
     ValueError for a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
     """
@@ -169,7 +169,7 @@ def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the computation; float32 is exact, bfloat16 faster (default: %(default)s)")
-    add("--n-heads", type=number(int, 1), help="attention heads; a plain state_dict does not tell (default: emb_dim / 64)")
+    add("--n-heads", type=number(int, 1), help="of the model; a plain state_dict does not tell (default: emb_dim / 64)")
 
 
 def pick_device(name: str) -> torch.device:
@@ -229,7 +229,7 @@ def main() -> int:
         params, config, *_ = load_checkpoint(args.weights, args.n_heads, mmap=True)
     params = cast(params, getattr(torch, args.dtype), device)
     tokenizer = gpt2_tokenizer()
-    if config.vocab_size < tokenizer.n_vocab:
+    if config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"{args.weights} knows {config.vocab_size} tokens, GPT-2's vocabulary has {tokenizer.n_vocab}")
     prompt = text_to_token_ids(args.prompt, tokenizer).to(device)
     tokens = stream(params, prompt, config, args.max_new_tokens, args.temperature, args.top_k,

@@ -62,8 +62,8 @@ Ep 10 (Step 000085): Train loss 0.391, Val loss 6.452
 Every effort moves you know," was one of the axioms he laid down across the Sevres and silver of an exquisitely \
 appointed luncheon-table, when, on a later day, I had again run over from Monte Carlo; and Mrs. Gis
 """
-GREEDY_SENTENCE = ('Every effort moves you know," was one of the axioms he laid down across the Sevres and silver of an '
-                   "exquisitely appointed lun\n")
+GREEDY_SENTENCE = ('Every effort moves you know," was one of the axioms he laid down across the Sevres and silver '
+                   "of an exquisitely appointed lun\n")
 SAMPLED_SENTENCE = "Every effort moves you stand to work on surprise, a one of us had gone with random-\n"
 
 
@@ -286,7 +286,8 @@ def test_tied_weights_stay_tied_through_a_step():
 def configs():
     return st.builds(
         lambda heads, size, layers, context, bias, rate: Config(23, context, heads * size, heads, layers, rate, bias),
-        st.integers(1, 3), st.integers(1, 5), st.integers(1, 2), st.integers(1, 9), st.booleans(), st.sampled_from([0.0, 0.4]))
+        st.integers(1, 3), st.integers(1, 5), st.integers(1, 2), st.integers(1, 9), st.booleans(),
+        st.sampled_from([0.0, 0.4]))
 
 
 @settings(deadline=None, max_examples=40)
@@ -363,8 +364,8 @@ def test_a_rows_logits_do_not_depend_on_the_other_rows(config, batch):
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 7, 16, 50, 58, 64, 96, 101]), st.booleans(),
        st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_matmul_is_a_linear_layer_for_every_number_of_rows(rows, fan_in, fan_out, with_bias, dtype):
-    x, weight, bias = (torch.randn(shape, generator=seeded(9)).to(dtype) for shape in ((rows, fan_in), (fan_out, fan_in),
-                                                                                       (fan_out,)))
+    shapes = ((rows, fan_in), (fan_out, fan_in), (fan_out,))
+    x, weight, bias = (torch.randn(shape, generator=seeded(9)).to(dtype) for shape in shapes)
     bias = bias if with_bias else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4

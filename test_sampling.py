@@ -161,7 +161,8 @@ def naive_generate(params, ids, config, n, temperature, top_k, eos_id, generator
 
 @settings(deadline=None, max_examples=120)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 20), st.integers(0, 2**31),
-       st.one_of(st.just(0.0), st.floats(0.05, 5)), st.one_of(st.none(), st.integers(1, 20)), st.sampled_from([None, 3]))
+       st.one_of(st.just(0.0), st.floats(0.05, 5)), st.one_of(st.none(), st.integers(1, 20)),
+       st.sampled_from([None, 3]))
 def test_generate_returns_the_tokens_of_the_naive_loop(batch, length, n, seed, temperature, top_k, eos_id):
     config = Config(vocab_size=13, context_length=6, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.1, qkv_bias=True)
     params = {name: tensor.double() for name, tensor in init_params(config, seeded(seed)).items()}

@@ -72,8 +72,8 @@ def tokenize(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
         starts.append(found.start())
     pieces = [text[start:end] for start, end in pairwise([*starts, len(text)])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tokens = pool.map(lambda piece: tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT}).astype(np.uint16),
-                          pieces)
+        tokens = pool.map(
+            lambda piece: tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT}).astype(np.uint16), pieces)
         return np.concatenate(list(tqdm(tokens, "tokenizing", len(pieces), delay=1, leave=False)))
 
 
@@ -90,7 +90,7 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def pass_seed(generator: torch.Generator) -> int:
-    """The seed of a shuffled pass. Like the chapter's DataLoader, it first draws a seed for workers that there are not."""
+    """The seed of a shuffled pass. Like the chapter's DataLoader, it first draws one for workers that aren't there."""
     draw_seed(generator)
     return draw_seed(generator)
 
@@ -150,8 +150,8 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     """New parameters, new optimizer state and the batch's loss, after one step of AdamW (section 5.2).
 
     inputs and targets are (B, T). The new values are written into the buffers of the old: use only what is returned.
-    The model computes in `dtype`, the parameters stay as they are. `average`, if given, gets the gradients, in the order
-    of the parameters, and returns those to use: with several processes, their mean.
+    The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, in the order of
+    the parameters, and returns those to use: with several processes, their mean.
     """
     leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in params.values()}  # tied tensors are one leaf
     tracked = {name: leaves[id(tensor)] for name, tensor in params.items()}
@@ -249,7 +249,8 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
 
     windows are the training and the validation set's. Process 0 alone evaluates, prints and saves.
     """
-    tokenizer, dtype, leader, signals = gpt2_tokenizer(), getattr(torch, args.dtype), processes.rank == 0, catch_signals()
+    tokenizer, dtype, leader = gpt2_tokenizer(), getattr(torch, args.dtype), processes.rank == 0
+    signals = catch_signals()
     start_ids = text_to_token_ids(args.start_context, tokenizer).to(device)
     first_row, rows = np.array([processes.rank, 1]) * (args.batch_size // processes.count)
     total, batch_tokens = args.epochs * progress.steps_per_epoch, args.batch_size * progress.window
@@ -311,7 +312,7 @@ def build_parser() -> Parser:
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--data", nargs="+", default=["the-verdict.txt"], help=f"UTF-8 text files {default}")
     add("--train-ratio", type=number(float, 0, 1, above=True), default=0.9, help=f"the part to train on {default}")
-    add("--epochs", type=number(int, 0), default=10, help=f"in total, also with --resume; 0 prints the losses {default}")
+    add("--epochs", type=number(int, 0), default=10, help=f"in all, also with --resume; 0 prints the losses {default}")
     add("--batch-size", type=number(int, 1), default=2, help=f"windows a step, over all processes {default}")
     add("--lr", type=number(float, 0, above=True), default=4e-4, help=f"AdamW's learning rate {default}")
     add("--weight-decay", type=number(float, 0), default=0.1, help=f"AdamW's weight decay {default}")
@@ -347,7 +348,8 @@ def check_before(args: argparse.Namespace, n_params: int) -> None:
             raise ValueError(f"{path} is a directory, not a file to write")
         with open(f"{path}.partial", "wb"):
             os.remove(f"{path}.partial")
-    free, needed = shutil.disk_usage(checkpoint.resolve().parent).free, 12 * n_params  # float32, and AdamW's two moments
+    free = shutil.disk_usage(checkpoint.resolve().parent).free
+    needed = 12 * n_params  # a float32 and AdamW's two moments for each
     if free < needed:
         raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
@@ -365,7 +367,8 @@ def load_run(args: argparse.Namespace, parser: Parser) -> tuple[Checkpoint, Prog
         raise ValueError(f"{args.checkpoint} is not a checkpoint of this program") from None
     args = parser.parse_args()
     if progress and args.batch_size != settings["batch_size"]:
-        raise ValueError(f"--batch-size {args.batch_size} contradicts {args.checkpoint}: {settings['batch_size']} there")
+        raise ValueError(f"--batch-size {args.batch_size} contradicts {args.checkpoint}: "
+                         f"{settings['batch_size']} there")
     return checkpoint, progress, args
 
 
@@ -418,7 +421,7 @@ def main() -> int:
     if progress and progress.steps_per_epoch != steps_per_epoch:
         raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
                          f"{steps_per_epoch}")
-    if args.epochs:
+    if args.epochs and processes.rank == 0:
         check_before(args, sum(math.prod(shape) for shape in param_shapes(config).values()))
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -426,15 +429,16 @@ def main() -> int:
         params, config = load_openai(download_openai(args.size, args.models_dir, args.base_url))
         if window > config.context_length:
             raise ValueError(f"--context-length {window} is more than the {config.context_length} of these weights")
-        config = fit_config(config, {name: value for name, value in given.items() if name != "context_length"}, "openai")
+        given.pop("context_length", None)  # said how long the windows are, which may be shorter
+        config = fit_config(config, given, "--weights openai")
     elif not args.resume:
         params = init_params(config, generator)
     if progress and progress.generator is not None:
         generator.set_state(progress.generator)
     params = cast(params, torch.float32, device)
     if not args.epochs:
-        losses = evaluate_model(cast(params, getattr(torch, args.dtype)), *windows, args.batch_size, config, generator,
-                                device=device)
+        params = cast(params, getattr(torch, args.dtype), device)
+        losses = evaluate_model(params, *windows, args.batch_size, config, generator, device=device)
         print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
 

@@ -82,7 +82,7 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
 
 def save_checkpoint(path: str | Path, params: Params, config: Config, opt_state: OptState | None = None,
                     lr: float = 4e-4, weight_decay: float = 0.1, **run: Any) -> None:
-    """Nothing: writes one file that `load_checkpoint`, the chapter's model and torch.optim.AdamW can read (section 5.4).
+    """Nothing: writes a file that `load_checkpoint`, the chapter's model and torch.optim.AdamW can read (section 5.4).
 
     At every instant the file at `path` is the old one or the new one, whole. OSError if it can't be written.
     """
