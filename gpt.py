@@ -211,8 +211,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product = weight @ (x.flatten() if rows == 1 else x.view(rows, fan_in).T)
         product = product.T.reshape(*x.shape[:-1], fan_out) if rows > 1 else product.view(*x.shape[:-1], fan_out)
         return product if bias is None else product + bias
-    block = next(size for size in range(64, 0, -1) if fan_out % size == 0)
-    if rows > 2 and block >= 8:  # 8 rows: 45% -> 80%, as many small products, which BLAS does without copying
+    if rows > 2:  # 8 rows: 45% -> 80%, as many small products, which BLAS does without copying
+        block = next(size for size in range(64, 0, -1) if fan_out % size == 0)
         blocks = weight.view(-1, block, fan_in).transpose(1, 2)  # (fan_out / block, fan_in, block)
         product = torch.bmm(x.reshape(1, rows, fan_in).expand(len(blocks), -1, -1), blocks)
         product = product.transpose(0, 1).reshape(*x.shape[:-1], fan_out)
