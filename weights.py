@@ -201,7 +201,7 @@ def download_once(url: str, path: Path) -> None:
         total = start + int(length) if length else None
         with open(partial, "ab" if start else "wb") as file, tqdm(
                 desc=path.name, initial=start, total=total, unit="B", unit_scale=True) as bar:
-            for chunk in response.iter_content(chunk_size=2**20):
+            for chunk in response.iter_content(chunk_size=2**13):  # all that a broken connection can lose
                 file.write(chunk)
                 bar.update(len(chunk))
     size, md5 = partial.stat().st_size, response.headers.get("Content-MD5")
@@ -261,7 +261,7 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
             return reader.get_tensor(variable)
 
         params = convert_openai(read, config)
-    except (tf.errors.OpError, UnicodeDecodeError, RuntimeError) as error:
+    except (tf.errors.OpError, UnicodeDecodeError, RuntimeError, IndexError) as error:
         part = OPENAI_FILES[2] if "data-00000" in str(error) or "shapes" in locals() else OPENAI_FILES[1]
         raise ValueError(f"{folder / part} is damaged: delete it to download it again") from None
     if f"model/h{config.n_layers}/ln_1/g" in shapes:
