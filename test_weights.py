@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def numpy_forward(v, ids, hparams):
     v = {name.removeprefix("model/"): array.astype(np.float64) for name, array in v.items()}
 
     def norm(x, name):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * v[name + "/g"] + v[name + "/b"]
+        normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return normal * v[name + "/g"] + v[name + "/b"]
 
     def project(x, name):
         return x @ v[name + "/w"][0] + v[name + "/b"]
@@ -323,7 +325,7 @@ def test_a_wrong_beginning_is_noticed_by_its_md5_and_fetched_anew(server, openai
 
 def test_a_file_with_the_wrong_md5_never_gets_its_name(server, tmp_path):
     server.md5 = hashlib.md5(b"another file").digest()
-    refused(lambda: weights.download_openai("124M", tmp_path, server.url), "hparams.json", "not what the server announced")
+    refused(lambda: weights.download_openai("124M", tmp_path, server.url), "hparams.json", "not what the server")
     assert list((tmp_path / "124M").iterdir()) == []
 
 
@@ -590,10 +592,9 @@ def test_a_limit_on_file_size_and_a_full_disk_leave_the_old_checkpoint_and_no_li
 # The chapter's own model and optimizer
 
 def chapter_model(config):
-    ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="`pip install --no-deps llms-from-scratch` to run this")
+    ch04 = pytest.importorskip("llms_from_scratch.ch04", reason="needs `pip install --no-deps llms-from-scratch`")
     torch.manual_seed(5)
-    return ch04.GPTModel(dict(vocab_size=config.vocab_size, context_length=config.context_length, emb_dim=config.emb_dim,
-                              n_heads=config.n_heads, n_layers=config.n_layers, drop_rate=0.0, qkv_bias=config.qkv_bias))
+    return ch04.GPTModel(asdict(config))
 
 
 def five_losses(model, optimizer, ids):

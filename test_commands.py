@@ -1,0 +1,294 @@
+"""Both command lines as a user meets them: what they print, where they stop, what they refuse."""
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from weights import load_checkpoint, save_checkpoint
+
+HERE = Path(__file__).parent
+DATA = ["--data", str(HERE / "the-verdict.txt")]
+MODEL = ["--n-layers", "1", "--emb-dim", "8", "--n-heads", "2", "--context-length", "16"]
+SMALL = [*DATA, *MODEL, "--train-ratio", "0.2", "--batch-size", "10", "--eval-iter", "1"]  # 6 steps an epoch
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a command line in a folder of its own and in this process: its exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "tune_allocator", lambda: None)  # it is for good, and the other tests share the process
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            sample.run({"train.py": train.main, "sample.py": sample.main}[script])
+        return ended.value.code, *capsys.readouterr()
+    yield run
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Makes training receive a signal during its k-th step."""
+    def arrange(k, signum=signal.SIGINT):
+        steps, caught, step = [], [], train.train_step
+
+        def counted(*arguments, **options):
+            steps.append(1)
+            if len(steps) == k:
+                caught.append(signum)
+            return step(*arguments, **options)
+        monkeypatch.setattr(train, "train_step", counted)
+        monkeypatch.setattr(train, "catch_signals", lambda: caught)
+    return arrange
+
+
+# Training, resuming, sampling
+
+def state(path):
+    """All that the rest of a run depends on, flat."""
+    params, config, opt_state, run = load_checkpoint(path)
+    moments = {f"{key}.{name}": opt_state[key][name] for key in ("exp_avg", "exp_avg_sq") for name in params}
+    return {**params, **moments, "step": opt_state["step"], "generator": run["progress"]["generator"]}, config, {
+        key: value for key, value in run["progress"].items() if key != "generator"}
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 6, 7, 11])
+def test_a_stopped_and_resumed_run_is_bitwise_the_run_straight_through(command, stop_after, monkeypatch, k):
+    options = [*SMALL, "--epochs", "2", "--eval-freq", "4"]
+    status, straight, _ = command("train.py", *options, "--checkpoint", "straight.pth")
+    assert status == 0
+    with monkeypatch.context():
+        stop_after(k)
+        status, first, errors = command("train.py", *options)
+    assert status == 130 and "python train.py --resume --checkpoint model.pth" in errors
+    assert load_checkpoint("model.pth").run["progress"]["step"] == k
+    monkeypatch.setattr(train, "catch_signals", list)
+    status, rest, _ = command("train.py", "--resume")
+    assert status == 0 and first + rest == straight
+    (one, *others), (two, *same) = state("straight.pth"), state("model.pth")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one) and others == same
+
+
+def test_epochs_are_the_total_also_with_resume(command):
+    _, whole, _ = command("train.py", *SMALL, "--epochs", "3", "--checkpoint", "whole.pth")
+    _, first, _ = command("train.py", *SMALL, "--epochs", "1")
+    status, rest, _ = command("train.py", "--resume", "--epochs", "3")
+    assert status == 0 and first + rest == whole
+    status, nothing, errors = command("train.py", "--resume")
+    assert (status, nothing) == (0, "") and "--epochs" in errors
+
+
+def test_sigterm_exits_143(command, stop_after):
+    stop_after(2, signal.SIGTERM)
+    assert command("train.py", *SMALL)[0] == 143
+
+
+def test_saving_along_the_way_saves_every_so_many_steps(command, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_, progress, **__: saved.append(progress["step"]))
+    command("train.py", *SMALL, "--epochs", "2", "--save-every", "5")
+    assert saved == [5, 10, 12]
+
+
+def test_the_log_is_on_standard_output_and_the_bar_on_standard_error(command):
+    status, output, errors = command("train.py", *SMALL, "--epochs", "1")
+    lines = output.splitlines()
+    assert status == 0 and len(lines) == 3
+    pattern = r"Ep 1 \(Step 00000[05]\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}"
+    assert all(re.fullmatch(pattern, line) for line in lines[:2])
+    assert lines[2].startswith("Every effort moves you")
+    assert "tokens/s" in errors and "Ep 1" not in errors
+    assert sorted(path.name for path in Path().iterdir()) == ["loss.png", "model.pth"]
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_epochs_print_the_losses_and_write_nothing(command):
+    status, output, _ = command("train.py", *SMALL, "--epochs", "0")
+    assert status == 0 and re.fullmatch(r"Training loss \d+\.\d{5}, validation loss \d+\.\d{5}\n", output)
+    assert not list(Path().iterdir())
+
+
+def test_sampling_needs_nothing_but_the_checkpoint(command):
+    command("train.py", *SMALL, "--epochs", "1")
+    status, output, errors = command("sample.py", "--prompt", "Hello <|endoftext|> 你", "--max-new-tokens", "70",
+                                     "--temperature", "1", "--top-k", "5")
+    assert status == 0 and output.startswith("Hello <|endoftext|> 你") and output.endswith("\n")
+    assert re.fullmatch(r"\d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s\n", errors)
+    again = command("sample.py", "--prompt", "Hello <|endoftext|> 你", "--max-new-tokens", "70", "--temperature", "1",
+                    "--top-k", "5")
+    assert again[1] == output
+    assert command("sample.py", "--dtype", "bfloat16")[0] == 0
+
+
+def test_a_plain_state_dict_is_sampled_and_resumed(command):
+    command("train.py", *SMALL, "--epochs", "1")
+    torch.save(load_checkpoint("model.pth").params, "plain.pth")
+    assert command("sample.py", "--weights", "plain.pth", "--n-heads", "2")[1] == command("sample.py")[1]
+    status, output, _ = command("train.py", *DATA, "--resume", "--checkpoint", "plain.pth", "--n-heads", "2",
+                                "--batch-size", "10", "--epochs", "1", "--eval-iter", "1")
+    assert status == 0 and output.startswith("Ep 1 (Step 000000)")
+
+
+def test_several_files_are_one_text_with_end_of_text_between(tmp_path):
+    (tmp_path / "a").write_text("one", encoding="utf-8")
+    (tmp_path / "b").write_text("zwö\r\n", encoding="utf-8")
+    assert train.read_text([tmp_path / "a", tmp_path / "b"]) == "one<|endoftext|>zwö\n"
+
+
+# Signals and processes
+
+def start(*arguments, cwd):
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *SMALL, "--epochs", "2000", "--eval-freq", "1",
+                             *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, signum, status):
+    with start(cwd=tmp_path) as process:
+        assert process.stdout.readline().startswith("Ep 1")
+        process.send_signal(signum)
+        output, errors = process.communicate()
+    assert process.returncode == status and "Traceback" not in errors
+    assert "--resume --checkpoint model.pth` goes on" in errors
+    assert load_checkpoint(tmp_path / "model.pth").run["progress"]["step"] >= 1
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    with start(cwd=tmp_path) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode in (130, 143, -signal.SIGTERM)
+
+
+def test_after_the_first_signal_the_second_is_the_systems_own(command):
+    caught = train.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert caught == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):
+    params = train.init_params(train.Config(50257, 8, 8, 1, 1, 0.0, False), torch.Generator())
+    save_checkpoint(tmp_path / "model.pth", params, train.Config(50257, 8, 8, 1, 1, 0.0, False))
+    with subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--max-new-tokens", "300"], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+
+
+# Mistakes: arguments, and words of the one line that they cost
+
+TRAIN_MISTAKES = [
+    (["--data", "absent.txt"], "absent.txt: No such file"),
+    (["--data", "empty.txt"], "empty.txt is empty"),
+    (["--data", "latin1.txt"], "latin1.txt is not UTF-8"),
+    (["--data", "binary.bin"], "binary.bin is not"),
+    (["--data", "zeros.txt"], "zeros.txt is not text"),
+    (["--data", "."], "Is a directory"),
+    (["--data", "short.txt"], "too short", "training part"),
+    ([*DATA, "--batch-size", "5000"], "too short", "5000 or more"),
+    ([*DATA, "--train-ratio", "0.999"], "too short", "validation part"),
+    ([*DATA, "--context-length", "100000"], "too short"),
+    (["--epochs", "-1"], "--epochs", "-1"), (["--epochs", "1.5"], "--epochs", "1.5"),
+    (["--epochs", "nan"], "--epochs"),
+    (["--batch-size", "0"], "--batch-size"), (["--batch-size", "-2"], "--batch-size"), (["--batch-size", "x"], "x"),
+    (["--lr", "0"], "--lr", "above 0"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--lr", "fast"], "--lr", "fast"), (["--weight-decay", "-0.1"], "--weight-decay"),
+    (["--weight-decay", "nan"], "--weight-decay"), (["--eval-freq", "0"], "--eval-freq"),
+    (["--eval-iter", "0"], "--eval-iter"), (["--eval-iter", "-1"], "--eval-iter"),
+    (["--save-every", "-1"], "--save-every"),
+    (["--seed", "-1"], "--seed"), (["--seed", "abc"], "--seed"), (["--train-ratio", "0"], "--train-ratio"),
+    (["--train-ratio", "1"], "--train-ratio"), (["--train-ratio", "nan"], "--train-ratio"),
+    (["--drop-rate", "1"], "--drop-rate"), (["--drop-rate", "-0.1"], "--drop-rate"),
+    (["--drop-rate", "nan"], "--drop-rate"),
+    (["--n-layers", "0"], "--n-layers"), (["--emb-dim", "0"], "--emb-dim"), (["--n-heads", "-3"], "--n-heads"),
+    (["--emb-dim", "10", "--n-heads", "3"], "emb_dim 10", "n_heads 3"), (["--context-length", "0"], "--context-length"),
+    ([*DATA, "--vocab-size", "100"], "--vocab-size", "50257"), ([*DATA, "--start-context", ""], "--start-context"),
+    (["--device", "abacus"], "no device 'abacus'", "cpu"), (["--dtype", "float16"], "--dtype", "float16"),
+    (["--weights", "model.pth"], "--weights", "--resume"),
+    ([*DATA, "--weights", "openai", "--size", "1B"], "124M, 355M"),
+    (["--weights", "openai", "--resume"], "--resume", "openai"), (["--frobnicate"], "--frobnicate"),
+    (["--resume", "--checkpoint", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
+    (["--resume", "--checkpoint", "binary.bin"], "binary.bin", "not a checkpoint"),
+    (["--resume", "--emb-dim", "16"], "--emb-dim 16 contradicts model.pth: 8"),
+    (["--resume", "--n-heads", "4"], "--n-heads 4 contradicts"), (["--resume", "--qkv-bias"], "--qkv-bias"),
+    (["--resume", "--context-length", "32"], "--context-length 32 contradicts"),
+    (["--resume", "--batch-size", "3", "--epochs", "9"], "--batch-size 3 contradicts model.pth: 10"),
+    (["--resume", "--data", "other.txt", "--epochs", "9"], "made with other data"),
+    ([*SMALL, "--checkpoint", "absent/model.pth"], "absent/model.pth", "No such file"),
+    ([*SMALL, "--checkpoint", "empty.txt/model.pth"], "empty.txt/model.pth", "Not a directory"),
+    ([*SMALL, "--checkpoint", "folder"], "folder is a directory"),
+    ([*SMALL, "--checkpoint", "latin1.txt"], "latin1.txt", "will not be overwritten"),
+    ([*SMALL, "--plot", "absent/loss.png"], "absent/loss.png"),
+    ([*SMALL, "--plot", "loss.txt"], "loss.txt must end in"),
+    ([*SMALL, "--plot", "x.png", "--checkpoint", "x.png"], "different files"),
+]
+SAMPLE_MISTAKES = [
+    (["--prompt", ""], "--prompt is empty"), (["--top-k", "0"], "--top-k"), (["--top-k", "-1"], "--top-k"),
+    (["--top-k", "x"], "--top-k"), (["--temperature", "-1"], "--temperature"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--temperature", "inf"], "--temperature"), (["--max-new-tokens", "-1"], "--max-new-tokens"),
+    (["--max-new-tokens", "many"], "many"), (["--seed", "1.5"], "--seed"), (["--device", "tpu"], "no device 'tpu'"),
+    (["--weights", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
+    (["--weights", "binary.bin"], "not a checkpoint"), (["--weights", "empty.txt"], "not a checkpoint"),
+    (["--weights", "folder"], "folder"), (["--weights", "small-vocabulary.pth"], "50257"),
+    (["--weights", "openai", "--size", "124m"], "124M, 355M, 774M, 1558M"), (["--dtype", "int8"], "--dtype"),
+    (["--weights", "openai", "--base-url", "ftp://x"], "hparams.json"),
+]
+if not torch.cuda.is_available():
+    TRAIN_MISTAKES.append((["--device", "cuda"], "no device 'cuda'"))
+    SAMPLE_MISTAKES.append((["--device", "cuda:1"], "no device 'cuda:1'"))
+
+
+@pytest.fixture(scope="module")
+def litter(tmp_path_factory):
+    """The files that the mistakes are made with; no test changes them."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "folder").mkdir()
+    contents = {"empty.txt": b" \n", "latin1.txt": "naïve".encode("latin-1"), "binary.bin": bytes(range(256)),
+                "zeros.txt": b"a\0b", "short.txt": b"Too short. " * 9, "other.txt": b"Another text. " * 900}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    config = train.Config(50257, 16, 8, 2, 1, 0.1, False)
+    params = train.init_params(config, torch.Generator())
+    progress = train.Progress(16, 6, generator=torch.Generator().get_state())._asdict()
+    defaults = vars(train.build_parser().parse_args([*SMALL, "--epochs", "1"]))
+    save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params), progress=progress,
+                    settings={key: defaults[key] for key in train.SETTINGS})
+    tiny = train.Config(100, 64, 8, 2, 1, 0.1, False)
+    save_checkpoint(folder / "small-vocabulary.pth", train.init_params(tiny, torch.Generator()), tiny)
+    return folder
+
+
+def fingerprint(folder):
+    return {path: hashlib.md5(path.read_bytes()).digest() if path.is_file() else path.stat().st_mode
+            for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    *(("train.py", arguments, words) for arguments, *words in TRAIN_MISTAKES),
+    *(("sample.py", arguments, words) for arguments, *words in SAMPLE_MISTAKES)])
+def test_a_mistake_costs_one_line_and_changes_nothing(command, litter, monkeypatch, script, arguments, words):
+    monkeypatch.chdir(litter)
+    monkeypatch.setattr("weights.RETRY_PAUSES", ())
+    before = fingerprint(litter)
+    models = [] if "--models-dir" in arguments or "openai" not in arguments else ["--models-dir", "folder"]
+    status, output, errors = command(script, *arguments, *models)
+    assert status == 2 and output == ""
+    assert len(errors.splitlines()) == 1 and "error: " in errors and "Traceback" not in errors
+    assert all(word in errors for word in words), errors
+    (litter / "folder" / "124M").rmdir() if (litter / "folder" / "124M").exists() else None
+    assert fingerprint(litter) == before
