@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from gpt import Config, forward, init_params
 from sample import draw, generate, keep_top_k, next_token, softmax_with_temperature, stream
 
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no deadline")
 TOY = dict(closer=4.51, every=0.89, effort=-1.90, forward=6.75, inches=1.63, moves=-1.62, pizza=-1.89, toward=6.28,
            you=1.79)
 WORDS, TOY_LOGITS = list(TOY), torch.tensor([list(TOY.values())])
@@ -159,7 +161,7 @@ def naive_generate(params, ids, config, n, temperature, top_k, eos_id, generator
     return ids
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 20), st.integers(0, 2**31),
        st.one_of(st.just(0.0), st.floats(0.05, 5)), st.one_of(st.none(), st.integers(1, 20)),
        st.sampled_from([None, 3]))
@@ -177,7 +179,6 @@ def test_generate_returns_the_tokens_of_the_naive_loop(batch, length, n, seed, t
 CONFIG = Config(vocab_size=5, context_length=8, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.0, qkv_bias=False)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31))
 def test_a_single_prompt_never_contains_the_end_of_sequence_id(seed):
     prompt = torch.tensor([[1, 2]])
@@ -185,7 +186,6 @@ def test_a_single_prompt_never_contains_the_end_of_sequence_id(seed):
     assert 4 not in ids and torch.equal(ids[:, :2], prompt)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 5))
 def test_a_row_that_has_ended_is_filled_until_all_have(seed, batch):
     params, prompts = init_params(CONFIG, seeded(seed)), torch.randint(4, (batch, 3), generator=seeded(seed))

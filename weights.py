@@ -247,9 +247,12 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
                         n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'hparams.json'} is damaged ({error!r}): delete it to download it again") from None
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its start-up chatter is no one's business here
-    import tensorflow as tf
-    tf.config.set_visible_devices([], "GPU")
+    try:
+        with quiet_stderr():
+            import tensorflow as tf
+            tf.config.set_visible_devices([], "GPU")
+    except ImportError:
+        raise ValueError("reading OpenAI's checkpoints takes tensorflow: pip install -r requirements.txt") from None
     try:
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
         shapes = reader.get_variable_to_shape_map()
@@ -267,6 +270,19 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
     if f"model/h{config.n_layers}/ln_1/g" in shapes:
         raise ValueError(f"{folder / 'model.ckpt'}: has more blocks than the n_layer {config.n_layers} of hparams.json")
     return check_params(params, config, folder), config
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Silence on standard error: tensorflow greets with lines that no setting of its own keeps back."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def convert_openai(read: Callable[..., np.ndarray], config: Config) -> Params:
