@@ -595,7 +595,7 @@ def test_a_process_killed_while_saving_leaves_the_old_checkpoint_or_the_new_one(
         for line in saver.stdout:
             if int(line) == 3:
                 break
-        killer = threading.Timer(rng.uniform(0, 0.06), saver.kill)  # some moment in the third save, or the fourth
+        killer = threading.Timer(rng.uniform(0, 0.03), saver.kill)  # some moment in the third save, or soon after
         killer.start()
         latest = max([3, *(int(line) for line in saver.stdout if line.strip())])
         saver.wait()
