@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import gpt
 import train
 from gpt import GPT_CONFIG_124M, Config, calc_loss, forward, init_params
-from sample import generate, gpt2_tokenizer, text_to_token_ids, token_ids_to_text
+from sample import cast, generate, gpt2_tokenizer, text_to_token_ids, token_ids_to_text
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -354,11 +354,11 @@ def test_changing_a_token_never_changes_a_logit_before_it(config, data):
 @settings(max_examples=60)
 @given(configs(), st.integers(2, 20))
 def test_a_rows_logits_do_not_depend_on_the_other_rows(config, batch):
-    params = init_params(config, seeded(1))
+    params = cast(init_params(config, seeded(1)), torch.float64)  # a norm over 2 near values magnifies any rounding
     ids = torch.randint(23, (batch, config.context_length), generator=seeded(2))
     together = forward(params, ids, config)
     for row in range(batch):
-        torch.testing.assert_close(together[row], forward(params, ids[row:row + 1], config)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[row], forward(params, ids[row:row + 1], config)[0], atol=1e-7, rtol=1e-7)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 7, 16, 50, 58, 64, 96, 101]), st.booleans(),
