@@ -88,8 +88,7 @@ class Cache(NamedTuple):
     The buffers have room for more tokens. Growing a cache writes into that room alone: the cache it grew from, with its
     smaller length, still holds what it held.
     """
-    keys: Tensor    # (n_layers, B, H, room, D), of which `length` tokens are in use
-    values: Tensor  # the same
+    keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use
     length: int
 
 
@@ -109,18 +108,21 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
     if generator is None or rate == 0:
         return x
     # The very draws of bernoulli_(1 - rate), which compares 53 random bits with the probability, in 60% of its time.
-    draws = torch.empty(x.shape, dtype=torch.int64, device=x.device).random_(2**53, generator=generator)
-    return (draws < math.ceil((1 - rate) * 2**53)).to(x.dtype).div_(1 - rate) * x
+    kept = random_bits(x, generator) < math.ceil((1 - rate) * 2**53)
+    return kept.to(x.dtype).div_(1 - rate) * x
+
+
+def random_bits(like: Tensor, generator: torch.Generator) -> Tensor:
+    """53 random bits for each entry of `like`, as an int64: divided by 2**53, a uniform number from [0, 1)."""
+    return torch.empty(like.shape, dtype=torch.int64, device=like.device).random_(2**53, generator=generator)
 
 
 def attention(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
               past: Cache | None = None) -> Tensor:
     """Causal multi-head attention over x (B, T, E) and, with `past`, over the tokens that one layer's cache holds."""
     B, T, E = x.shape
-    q, k, v = (linear(x, params, f"{name}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-               for part in ("W_query", "W_key", "W_value"))
-    if past is not None:
-        k, v = append(past.keys, past.length, k), append(past.values, past.length, v)
+    qkv = linear(x, params, f"{name}.W_qkv").view(B, T, 3, config.n_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv if past is None else (qkv[0], *append(past, qkv[1:]))  # (B, H, T, D)
     if generator is None or config.drop_rate == 0:
         context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     else:  # the same by hand, because only here can the dropout draw from our generator
@@ -144,6 +146,17 @@ def transformer_block(x: Tensor, params: Params, name: str, config: Config, gene
     return x + dropout(fed, config.drop_rate, generator)
 
 
+def join_qkv(params: Params, config: Config) -> Params:
+    """The parameters with each block's W_query, W_key and W_value as one W_qkv: one matrix product in place of three."""
+    if "trf_blocks.0.att.W_qkv.weight" in params:
+        return params
+    kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
+    return params | {
+        f"trf_blocks.{i}.att.W_qkv.{kind}": torch.cat([
+            params[f"trf_blocks.{i}.att.{part}.{kind}"] for part in ("W_query", "W_key", "W_value")])
+        for i in range(config.n_layers) for kind in kinds}
+
+
 def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
                   cache: Cache | None = None) -> Tensor:
     """What the output head sees: (B, T, E) for token_ids (B, T), which follow the tokens in `cache`, if any."""
@@ -151,10 +164,11 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
     end = start + token_ids.shape[1]
     if end > config.context_length:
         raise ValueError(f"{end} tokens are more than context_length {config.context_length}")
+    params = join_qkv(params, config)
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
     x = dropout(x, config.drop_rate, generator).to(params["out_head.weight"].dtype)
     for i in range(config.n_layers):
-        past = None if cache is None else Cache(cache.keys[i], cache.values[i], cache.length)
+        past = None if cache is None else Cache(cache.keys_values[i], cache.length)
         x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
     return layer_norm(x, params, "final_norm")
 
@@ -177,16 +191,15 @@ def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
 
 def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
     """A cache of length 0 with room for that many tokens in each of batch_size rows."""
-    shape = (config.n_layers, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
-    keys, values = (params["tok_emb.weight"].new_empty(shape) for _ in range(2))
-    return Cache(keys, values, length=0)
+    shape = (config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
+    return Cache(params["tok_emb.weight"].new_empty(shape), length=0)
 
 
-def append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
-    """The first `length` tokens of a cache buffer (B, H, room, D), then the new ones, written into its room."""
-    end = length + new.shape[2]
-    buffer[:, :, length:end] = new
-    return buffer[:, :, :end]
+def append(past: Cache, new: Tensor) -> Tensor:
+    """The keys and values (2, B, H, T, D) in one layer's cache, then the new ones, which are written into its room."""
+    end = past.length + new.shape[3]
+    past.keys_values[:, :, :, past.length:end] = new
+    return past.keys_values[:, :, :, :end]
 
 
 def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> tuple[Tensor, Cache]:
@@ -204,17 +217,15 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Generation multiplies a handful of rows with every weight, so its time is the time to read the weights from memory.
     The comments say at what share of the memory's speed F.linear does that, and the form used instead (2 cores).
     """
-    rows, (fan_out, fan_in) = x.numel() // x.shape[-1], weight.shape
-    if rows > 16 or x.device.type != "cpu":
+    fan_out, fan_in = weight.shape
+    rows = x.numel() // fan_in
+    if rows > 16 or x.device.type != "cpu" or (rows <= 2 and x.dtype != torch.bfloat16):
         return F.linear(x, weight, bias)
     if x.dtype == torch.bfloat16:  # 55% -> 80%
-        product = weight @ (x.flatten() if rows == 1 else x.view(rows, fan_in).T)
-        product = product.T.reshape(*x.shape[:-1], fan_out) if rows > 1 else product.view(*x.shape[:-1], fan_out)
-        return product if bias is None else product + bias
-    if rows > 2:  # 8 rows: 45% -> 80%, as many small products, which BLAS does without copying
+        product = torch.mv(weight, x.flatten()) if rows == 1 else (weight @ x.view(rows, fan_in).T).T
+    else:  # 8 rows: 45% -> 80%, as many small products, which BLAS does without copying
         block = next(size for size in range(64, 0, -1) if fan_out % size == 0)
         blocks = weight.view(-1, block, fan_in).transpose(1, 2)  # (fan_out / block, fan_in, block)
-        product = torch.bmm(x.reshape(1, rows, fan_in).expand(len(blocks), -1, -1), blocks)
-        product = product.transpose(0, 1).reshape(*x.shape[:-1], fan_out)
-        return product if bias is None else product + bias
-    return F.linear(x, weight, bias)
+        product = torch.bmm(x.reshape(1, rows, fan_in).expand(len(blocks), -1, -1), blocks).transpose(0, 1)
+    product = product.reshape(*x.shape[:-1], fan_out)
+    return product if bias is None else product + bias

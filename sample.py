@@ -21,7 +21,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from gpt import Config, Params, empty_cache, next_logits
+from gpt import Config, Params, empty_cache, join_qkv, next_logits, random_bits
 from weights import OPENAI_SIZES, OPENAI_URL, download_openai, load_checkpoint, load_openai
 
 END_OF_TEXT = "<|endoftext|>"
@@ -62,45 +62,59 @@ def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     return (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
 
 
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The min(k, V) largest logits of each row (B, V), and which tokens they belong to. ValueError when k is below 1."""
+    if k < 1:
+        raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
+    return logits.topk(min(k, logits.shape[-1]))
+
+
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """The k largest logits of each row where they stand, -inf elsewhere; of equal ones just enough (section 5.3.2).
 
     logits (..., V) -> (..., V), of which min(k, V) are kept. ValueError when k is below 1.
     """
-    if k < 1:
-        raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
-    largest, positions = logits.topk(min(k, logits.shape[-1]))
-    return torch.full_like(logits, -torch.inf).scatter(-1, positions, largest)
+    values, tokens = largest(logits, k)
+    return torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
+
+
+def race(probabilities: Tensor, bits: Tensor) -> Tensor:
+    """The winner of each row (B, 1): who arrives first, after an exponential time with its probability as the rate.
+
+    So each entry of the probabilities (B, n) wins with its probability. bits (B, n) are `random_bits`, which make the
+    times: minus the logarithm of uniform numbers from (0, 1].
+    """
+    times = torch.log1p(-bits.double().mul_(2.0**-53)).neg_().clamp_min_(torch.finfo(torch.float32).tiny)
+    return (probabilities / times.to(probabilities.dtype)).argmax(-1, keepdim=True)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One index a row (B, 1), drawn with the probabilities (B, V) (section 5.3.1).
 
-    The token with the earliest arrival wins, each arriving after an exponential time with its probability as the rate.
     These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time.
     """
-    bits = torch.empty(probabilities.shape, dtype=torch.int64, device=probabilities.device)
-    uniform = bits.random_(2**53, generator=generator).double() * 2.0**-53
-    arrival = (-torch.log1p(-uniform)).clamp_min_(torch.finfo(torch.float32).tiny)
-    return (probabilities / arrival.to(probabilities.dtype)).argmax(-1, keepdim=True)
+    return race(probabilities, random_bits(probabilities, generator))
 
 
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
                generator: torch.Generator | None = None) -> Tensor:
     """Each row's next token id (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
 
-    ValueError for a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
+    What is drawn is `draw(softmax_with_temperature(keep_top_k(logits, top_k), temperature), generator)`. ValueError for
+    a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
     """
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        return (logits if top_k is None else keep_top_k(logits, top_k)).argmax(-1, keepdim=True)
     if generator is None:
         raise ValueError("a temperature above 0 needs a generator to draw from")
-    return draw(softmax_with_temperature(logits, temperature), generator)
+    if top_k is None:
+        return draw(softmax_with_temperature(logits, temperature), generator)
+    bits = random_bits(logits, generator)  # one number for every token; the arithmetic only for those that can win
+    values, tokens = largest(logits, top_k)
+    return tokens.gather(-1, race(softmax_with_temperature(values, temperature), bits.gather(-1, tokens)))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
            top_k: int | None = None, eos_id: int | None = None,
            generator: torch.Generator | None = None) -> Iterator[Tensor]:
@@ -108,6 +122,7 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
     B, T = token_ids.shape
     if T == 0 or max_new_tokens < 0:
         raise ValueError("the prompt must have at least one token" if T == 0 else "max_new_tokens must not be negative")
+    params = join_qkv(params, config)  # once, not for every token
     window = token_ids[:, -config.context_length:]
     cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
     unread = window

@@ -317,11 +317,11 @@ def test_calls_change_neither_their_arguments_nor_pytorchs_random_state(config, 
 def test_growing_a_cache_leaves_what_it_held_as_it_was():
     params, ids = init_params(TINY, seeded()), torch.randint(31, (2, 5), generator=seeded())
     _, cache = gpt.next_logits(params, ids[:, :4], TINY, gpt.empty_cache(params, 2, 8, TINY))
-    held = cache.keys[:, :, :, :cache.length].clone(), cache.values[:, :, :, :cache.length].clone()
+    held = cache.keys_values[..., :cache.length, :].clone()
     one, _ = gpt.next_logits(params, ids[:, 4:], TINY, cache)
     two, _ = gpt.next_logits(params, ids[:, 4:], TINY, cache)
     assert torch.equal(one, two)
-    assert torch.equal(held[0], cache.keys[:, :, :, :4]) and torch.equal(held[1], cache.values[:, :, :, :4])
+    assert torch.equal(held, cache.keys_values[..., :4, :])
 
 
 def test_dropout_happens_exactly_when_a_generator_is_passed():

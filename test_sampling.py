@@ -126,6 +126,13 @@ def test_draws_are_those_of_torch_multinomial(batch, vocabulary, seed, scale):
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
+@given(rows, st.integers(1, 40), st.floats(0.01, 100), st.integers(0, 2**31))
+def test_a_token_is_drawn_by_top_k_then_temperature_then_draw(row, k, temperature, seed):
+    logits = torch.tensor([row, row[::-1]])
+    by_steps = draw(softmax_with_temperature(keep_top_k(logits, k), temperature), seeded(seed))
+    assert torch.equal(next_token(logits, temperature, k, seeded(seed)), by_steps)
+
+
 @pytest.mark.parametrize("mistake", [dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf),
                                      dict(top_k=0), dict(top_k=-3)])
 def test_settings_that_make_no_sense_are_refused(mistake):
