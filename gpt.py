@@ -147,7 +147,7 @@ def transformer_block(x: Tensor, params: Params, name: str, config: Config, gene
 
 
 def join_qkv(params: Params, config: Config) -> Params:
-    """The parameters with each block's W_query, W_key and W_value as one W_qkv: one matrix product in place of three."""
+    """The parameters with each block's W_query, W_key and W_value as one W_qkv: one product in place of three."""
     if "trf_blocks.0.att.W_qkv.weight" in params:
         return params
     kinds = ("weight", "bias") if config.qkv_bias else ("weight",)

@@ -63,7 +63,7 @@ def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The min(k, V) largest logits of each row (B, V), and which tokens they belong to. ValueError when k is below 1."""
+    """The min(k, V) largest logits of each row (B, V), and the tokens they belong to. ValueError when k is below 1."""
     if k < 1:
         raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
     return logits.topk(min(k, logits.shape[-1]))

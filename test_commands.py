@@ -265,9 +265,9 @@ def litter(tmp_path_factory):
     config = train.Config(50257, 16, 8, 2, 1, 0.1, False)
     params = train.init_params(config, torch.Generator())
     progress = train.Progress(16, 6, generator=torch.Generator().get_state())._asdict()
-    defaults = vars(train.build_parser().parse_args([*SMALL, "--epochs", "1"]))
+    chosen = vars(train.build_parser().parse_args([*SMALL, "--epochs", "1"]))
     save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params), progress=progress,
-                    settings={key: defaults[key] for key in train.SETTINGS})
+                    settings={key: chosen[key] for key in train.Settings._fields})
     tiny = train.Config(100, 64, 8, 2, 1, 0.1, False)
     save_checkpoint(folder / "small-vocabulary.pth", train.init_params(tiny, torch.Generator()), tiny)
     return folder

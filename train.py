@@ -36,8 +36,32 @@ from weights import (Checkpoint, OptState, download_openai, load_checkpoint, loa
                      write_atomically)
 
 PIECE = 2**20  # characters that are tokenized at a time
-SETTINGS = ("data", "train_ratio", "epochs", "batch_size", "lr", "weight_decay", "eval_freq", "eval_iter", "seed",
-            "start_context", "save_every", "dtype")  # what --resume takes from the checkpoint unless it is said anew
+
+
+class Settings(NamedTuple):
+    """What decides the course of a run besides the model, as `--help` explains it. The defaults are the chapter's."""
+    data: Sequence[str] = ("the-verdict.txt",)
+    train_ratio: float = 0.9
+    epochs: int = 10
+    batch_size: int = 2
+    lr: float = 4e-4
+    weight_decay: float = 0.1
+    eval_freq: int = 5
+    eval_iter: int = 5
+    seed: int = 123
+    start_context: str = "Every effort moves you"
+    save_every: int = 0
+    dtype: str = "float32"
+
+
+class Progress(NamedTuple):
+    """How far a run is: with parameters, optimizer state and configuration, all that the rest of it depends on."""
+    window: int                        # tokens in a window
+    steps_per_epoch: int
+    step: int = 0                      # steps done
+    order_seed: int | None = None      # of the epoch's order
+    generator: Tensor | None = None    # its state
+    evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
 
 
 def tune_allocator() -> None:
@@ -82,6 +106,18 @@ def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
     if len(tokens) <= length:
         return np.empty((0, length + 1), tokens.dtype)
     return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+
+
+def read_windows(settings: Settings, length: int, tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of the training and the validation part of the text; ValueError if they are too few (5.1.3)."""
+    text = read_text(settings.data)
+    split = int(settings.train_ratio * len(text))
+    train, val = (make_windows(tokenize(part, tokenizer), length) for part in (text[:split], text[split:]))
+    for part, windows, needed in (("training", train, settings.batch_size), ("validation", val, 1)):
+        if len(windows) < needed:
+            raise ValueError(f"the text is too short: its {part} part has {len(windows)} windows of {length} tokens, "
+                             f"{needed} or more are needed")
+    return train, val
 
 
 def draw_seed(generator: torch.Generator) -> int:
@@ -170,18 +206,6 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
 
 
-class Progress(NamedTuple):
-    """How far a run is: with parameters, optimizer state and configuration, all that the rest of it depends on."""
-    window: int                         # tokens in a window
-    steps_per_epoch: int
-    step: int = 0                       # steps done
-    order_seed: int | None = None       # of the epoch's order
-    generator: Tensor | None = None     # its state
-    tokens_seen: tuple[int, ...] = ()   # at each evaluation, as the two below
-    train_losses: tuple[float, ...] = ()
-    val_losses: tuple[float, ...] = ()
-
-
 class Processes(NamedTuple):
     """This process among those that train together: one, unless torchrun started several."""
     rank: int = 0
@@ -244,17 +268,18 @@ def catch_signals() -> list[int]:
 
 
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Sequence[np.ndarray],
-          generator: torch.Generator, args: argparse.Namespace, device: torch.device, processes: Processes) -> int:
-    """The signal that ended training early, or 0; prints the chapter's log, draws the losses, saves (section 5.2).
+          generator: torch.Generator, settings: Settings, save: Callable[[Params, OptState, Progress], None],
+          device: torch.device | str = "cpu", processes: Processes = Processes()) -> tuple[Progress, int]:
+    """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
 
-    windows are the training and the validation set's. Process 0 alone evaluates, prints and saves.
+    windows are the training and the validation set's. Process 0 alone evaluates, prints and calls `save`, which it does
+    at the end, when interrupted, and every `save_every` steps.
     """
-    tokenizer, dtype, leader = gpt2_tokenizer(), getattr(torch, args.dtype), processes.rank == 0
-    signals = catch_signals()
-    start_ids = text_to_token_ids(args.start_context, tokenizer).to(device)
-    first_row, rows = np.array([processes.rank, 1]) * (args.batch_size // processes.count)
-    total, batch_tokens = args.epochs * progress.steps_per_epoch, args.batch_size * progress.window
-    order_seed, order = progress.order_seed, None
+    tokenizer, dtype, leader = gpt2_tokenizer(), getattr(torch, settings.dtype), processes.rank == 0
+    start_ids = text_to_token_ids(settings.start_context, tokenizer).to(device)
+    rows = settings.batch_size // processes.count  # of each batch, those of this process
+    total, batch_tokens = settings.epochs * progress.steps_per_epoch, settings.batch_size * progress.window
+    order_seed, order, signals, stop = progress.order_seed, None, catch_signals(), 0
     with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
               unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
@@ -263,41 +288,33 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
                 order_seed = processes.agree(pass_seed(generator) if leader else 0, device)
             if index == 0 or order is None:
                 order = shuffled(len(windows[0]), order_seed)
-            start = index * args.batch_size + first_row
+            start = index * settings.batch_size + processes.rank * rows
             inputs, targets = batch_of(windows[0], order[start:start + rows], device)
             dropout_generator = generator  # the chapter's one stream; elsewhere than in its one process, one a step
             if device.type != "cpu" or not leader:
-                seed = (args.seed + 1) * 2**40 + step * processes.count + processes.rank
+                seed = (settings.seed + 1) * 2**40 + step * processes.count + processes.rank
                 dropout_generator = torch.Generator(device).manual_seed(seed % 2**63)
             params, opt_state, _ = train_step(
-                params, opt_state, inputs, targets, config, dropout_generator, lr=args.lr,
-                weight_decay=args.weight_decay, dtype=dtype, average=processes.average if processes.count > 1 else None)
+                params, opt_state, inputs, targets, config, dropout_generator, lr=settings.lr, dtype=dtype,
+                weight_decay=settings.weight_decay, average=processes.average if processes.count > 1 else None)
             bar.update(batch_tokens)
             progress = progress._replace(step=step + 1, order_seed=order_seed)
-            if leader and step % args.eval_freq == 0:
-                train_loss, val_loss = evaluate_model(cast(params, dtype, device), *windows, args.batch_size, config,
-                                                      generator, args.eval_iter, device)
-                progress = progress._replace(tokens_seen=(*progress.tokens_seen, (step + 1) * batch_tokens),
-                                             train_losses=(*progress.train_losses, train_loss),
-                                             val_losses=(*progress.val_losses, val_loss))
-                log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+            if leader and step % settings.eval_freq == 0:
+                losses = evaluate_model(cast(params, dtype, device), *windows, settings.batch_size, config, generator,
+                                        settings.eval_iter, device)
+                evaluation = ((step + 1) * batch_tokens, *losses)
+                progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
+                log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}")
             if leader and index == progress.steps_per_epoch - 1:
                 text = token_ids_to_text(generate(cast(params, dtype, device), start_ids, config, 50), tokenizer)
                 log(text.replace("\n", " "))
             stop = processes.agree(signals[0] if signals else 0, device)
-            if leader and (stop or step + 1 == total or (args.save_every and (step + 1) % args.save_every == 0)):
-                progress = progress._replace(generator=generator.get_state())
-                save_checkpoint(args.checkpoint, params, config, opt_state, args.lr, args.weight_decay,
-                                progress=progress._asdict(), settings={key: getattr(args, key) for key in SETTINGS})
+            saving = settings.save_every and (step + 1) % settings.save_every == 0
+            if leader and (stop or saving or step + 1 == total):
+                save(params, opt_state, progress._replace(generator=generator.get_state()))
             if stop:
                 break
-    if leader and progress.tokens_seen:
-        epochs_seen = [tokens / (batch_tokens * progress.steps_per_epoch) for tokens in progress.tokens_seen]
-        plot_losses(epochs_seen, *progress[-3:], args.plot)
-    if leader and stop:
-        print(f"stopped after step {step}: `python train.py --resume --checkpoint {args.checkpoint}` goes on",
-              file=sys.stderr)
-    return stop
+    return progress, stop
 
 
 def log(line: str) -> None:
@@ -307,37 +324,39 @@ def log(line: str) -> None:
 
 
 def build_parser() -> Parser:
-    """The parser of this command line; its defaults are the chapter's."""
+    """The parser of this command line."""
     parser = Parser(description="Train a GPT-2 model on a text, as the chapter does.")
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--data", nargs="+", default=["the-verdict.txt"], help=f"UTF-8 text files {default}")
-    add("--train-ratio", type=number(float, 0, 1, above=True), default=0.9, help=f"the part to train on {default}")
-    add("--epochs", type=number(int, 0), default=10, help=f"in all, also with --resume; 0 prints the losses {default}")
-    add("--batch-size", type=number(int, 1), default=2, help=f"windows a step, over all processes {default}")
-    add("--lr", type=number(float, 0, above=True), default=4e-4, help=f"AdamW's learning rate {default}")
-    add("--weight-decay", type=number(float, 0), default=0.1, help=f"AdamW's weight decay {default}")
-    add("--eval-freq", type=number(int, 1), default=5, help=f"steps between evaluations {default}")
-    add("--eval-iter", type=number(int, 1), default=5, help=f"batches of each set in an evaluation {default}")
-    add("--start-context", default="Every effort moves you", help=f"what the samples continue {default}")
-    add("--checkpoint", default="model.pth", help=f"where the model is saved {default}")
-    add("--plot", default="loss.png", help=f"where the losses are drawn: .png, .pdf or .svg {default}")
-    add("--save-every", type=number(int, 0), default=0, help="steps between saves; 0: at the end and when interrupted")
-    add("--resume", action="store_true", help="go on from --checkpoint, with its settings where none are given")
+
+    def add(name: str, parse: Callable[[str], Any], meaning: str, **options: Any) -> None:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=Settings._field_defaults[name],
+                            help=f"{meaning} (default: %(default)s)", **options)
+    add("data", str, "UTF-8 text files", nargs="+")
+    add("train_ratio", number(float, 0, 1, above=True), "the part of the text to train on")
+    add("epochs", number(int, 0), "in all, also with --resume; 0 prints the losses")
+    add("batch_size", number(int, 1), "windows a step, over all processes")
+    add("lr", number(float, 0, above=True), "AdamW's learning rate")
+    add("weight_decay", number(float, 0), "AdamW's weight decay")
+    add("eval_freq", number(int, 1), "steps between evaluations")
+    add("eval_iter", number(int, 1), "batches of each set in an evaluation")
+    add("start_context", str, "what the samples continue")
+    add("save_every", number(int, 0), "steps between saves; 0: at the end and when interrupted")
+    parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
+    parser.add_argument("--plot", default="loss.png", help="where the losses are drawn: .png, .pdf or .svg")
+    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
     add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
     for field in fields(Config):
-        flag, value = f"--{field.name.replace('_', '-')}", getattr(GPT_CONFIG_124M, field.name)
+        flag, default = f"--{field.name.replace('_', '-')}", f"(default: {getattr(GPT_CONFIG_124M, field.name)})"
         if field.name == "qkv_bias":
-            add(flag, action=argparse.BooleanOptionalAction, help=f"bias of query, key and value (default: {value})")
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"of query, key and value {default}")
         elif field.name != "n_heads":
             kind = number(float, 0, 1) if field.name == "drop_rate" else number(int, 1)
-            add(flag, type=kind, help=f"of the model (default: {value})")
+            parser.add_argument(flag, type=kind, help=f"of the model {default}")
     return parser
 
 
-def check_before(args: argparse.Namespace, n_params: int) -> None:
+def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], n_params: int) -> None:
     """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
-    checkpoint, plot = Path(args.checkpoint), Path(args.plot)
-    if len({path.resolve() for path in (checkpoint, plot, *map(Path, args.data))}) < 2 + len(args.data):
+    if len({path.resolve() for path in (checkpoint, plot, *map(Path, inputs))}) < 2 + len(inputs):
         raise ValueError("--data, --checkpoint and --plot must all be different files")
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
@@ -348,28 +367,22 @@ def check_before(args: argparse.Namespace, n_params: int) -> None:
             raise ValueError(f"{path} is a directory, not a file to write")
         with open(f"{path}.partial", "wb"):
             os.remove(f"{path}.partial")
-    free = shutil.disk_usage(checkpoint.resolve().parent).free
-    needed = 12 * n_params  # a float32 and AdamW's two moments for each
+    free, needed = shutil.disk_usage(checkpoint.resolve().parent).free, 12 * n_params  # float32, with AdamW's moments
     if free < needed:
         raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
-def load_run(args: argparse.Namespace, parser: Parser) -> tuple[Checkpoint, Progress | None, argparse.Namespace]:
-    """What --resume goes on from, its progress unless the file is not ours, and the settings where none are given."""
-    if not Path(args.checkpoint).exists():
-        raise ValueError(f"there is no {args.checkpoint}: `python train.py --checkpoint {args.checkpoint}` makes it")
-    checkpoint = load_checkpoint(args.checkpoint, args.n_heads)
+def load_run(path: str, n_heads: int | None) -> tuple[Checkpoint, Progress | None, Settings]:
+    """The checkpoint at `path`, with the progress and settings of its run: none and the default if it is not ours."""
+    if not Path(path).exists():
+        raise ValueError(f"there is no {path}: `python train.py --checkpoint {path}` makes it")
+    checkpoint = load_checkpoint(path, n_heads)
     try:
-        settings = {key: checkpoint.run["settings"][key] for key in SETTINGS} if checkpoint.run else {}
-        parser.set_defaults(**{key: value if key == "data" else str(value) for key, value in settings.items()})
-        progress = Progress(**checkpoint.run["progress"]) if checkpoint.run else None
+        if not checkpoint.run:
+            return checkpoint, None, Settings()
+        return checkpoint, Progress(**checkpoint.run["progress"]), Settings(**checkpoint.run["settings"])
     except (KeyError, TypeError):
-        raise ValueError(f"{args.checkpoint} is not a checkpoint of this program") from None
-    args = parser.parse_args()
-    if progress and args.batch_size != settings["batch_size"]:
-        raise ValueError(f"--batch-size {args.batch_size} contradicts {args.checkpoint}: "
-                         f"{settings['batch_size']} there")
-    return checkpoint, progress, args
+        raise ValueError(f"{path} is not a checkpoint of this program") from None
 
 
 def fit_config(config: Config, given: dict[str, Any], source: str) -> Config:
@@ -390,9 +403,13 @@ def main() -> int:
     if args.resume and args.weights:
         raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
     given = {field.name: value for field in fields(Config) if (value := getattr(args, field.name)) is not None}
-    opt_state, progress = None, None
+    opt_state = progress = None
     if args.resume:
-        (params, config, opt_state, _), progress, args = load_run(args, parser)
+        (params, config, opt_state, _), progress, kept = load_run(args.checkpoint, args.n_heads)
+        parser.set_defaults(**kept._asdict())
+        args = parser.parse_args()
+        if progress and args.batch_size != kept.batch_size:
+            raise ValueError(f"--batch-size {args.batch_size} contradicts {args.checkpoint}: {kept.batch_size} there")
         window = progress.window if progress else config.context_length
         if given.get("context_length") == window:
             del given["context_length"]
@@ -400,31 +417,26 @@ def main() -> int:
     else:
         config = replace(GPT_CONFIG_124M, **given)
         window = config.context_length
+    settings = Settings(*(getattr(args, name) for name in Settings._fields))
     device = pick_device(args.device)
     processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if args.batch_size % processes.count:
-        raise ValueError(f"--batch-size {args.batch_size} can't be split evenly over {processes.count} processes")
-
+    if settings.batch_size % processes.count:
+        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {processes.count} processes")
     tokenizer = gpt2_tokenizer()
     if config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"--vocab-size must be {tokenizer.n_vocab}, the size of GPT-2's vocabulary")
-    if not args.start_context:
+    if not settings.start_context:
         raise ValueError("--start-context is empty: give the samples something to continue")
-    text = read_text(args.data)
-    split = int(args.train_ratio * len(text))
-    windows = [make_windows(tokenize(part, tokenizer), window) for part in (text[:split], text[split:])]
-    steps_per_epoch = len(windows[0]) // args.batch_size
-    if not steps_per_epoch or not len(windows[1]):
-        part, needed = ("validation", 1) if steps_per_epoch else ("training", args.batch_size)
-        raise ValueError(f"the text is too short: its {part} part has {len(windows[bool(steps_per_epoch)])} windows of "
-                         f"{window} tokens, {needed} or more are needed")
+    windows = read_windows(settings, window, tokenizer)
+    steps_per_epoch = len(windows[0]) // settings.batch_size
     if progress and progress.steps_per_epoch != steps_per_epoch:
         raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
                          f"{steps_per_epoch}")
-    if args.epochs and processes.rank == 0:
-        check_before(args, sum(math.prod(shape) for shape in param_shapes(config).values()))
+    if settings.epochs and processes.rank == 0:
+        n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
+        check_outputs(Path(args.checkpoint), Path(args.plot), settings.data, n_params)
 
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     if args.weights:
         params, config = load_openai(download_openai(args.size, args.models_dir, args.base_url))
         if window > config.context_length:
@@ -435,27 +447,41 @@ def main() -> int:
         params = init_params(config, generator)
     if progress and progress.generator is not None:
         generator.set_state(progress.generator)
-    params = cast(params, torch.float32, device)
-    if not args.epochs:
-        params = cast(params, getattr(torch, args.dtype), device)
-        losses = evaluate_model(params, *windows, args.batch_size, config, generator, device=device)
+    if not settings.epochs:
+        losses = evaluate_model(cast(params, getattr(torch, settings.dtype), device), *windows, settings.batch_size,
+                                config, generator, device=device)
         print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
 
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
         print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
-    opt_state = init_optimizer(params) if opt_state is None else {
-        "step": opt_state["step"].to(device), **{key: cast(opt_state[key], torch.float32, device)
-                                                 for key in ("exp_avg", "exp_avg_sq")}}
+    params = cast(params, torch.float32, device)
+    if opt_state is None:
+        opt_state = init_optimizer(params)
+    opt_state = {"step": opt_state["step"].to(device),
+                 **{key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}}
     progress = progress or Progress(window, steps_per_epoch, step=int(opt_state["step"]))
-    if progress.step >= args.epochs * steps_per_epoch:
-        print(f"{args.checkpoint} has done its {args.epochs} epochs: give more with --epochs", file=sys.stderr)
+    if progress.step >= settings.epochs * steps_per_epoch:
+        print(f"{args.checkpoint} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
         return 0
     if processes.count > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    stop = train(params, opt_state, config, progress, windows, generator, args, device, processes)
-    return 128 + stop if stop else 0
+
+    def save(params: Params, opt_state: OptState, progress: Progress) -> None:
+        save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
+                        progress=progress._asdict(), settings=settings._asdict())
+    progress, stop = train(params, opt_state, config, progress, windows, generator, settings, save, device, processes)
+    if processes.rank == 0 and progress.evaluations:
+        tokens_seen, *losses = zip(*progress.evaluations, strict=True)
+        tokens_per_epoch = steps_per_epoch * settings.batch_size * window
+        plot_losses([tokens / tokens_per_epoch for tokens in tokens_seen], tokens_seen, *losses, args.plot)
+    if not stop:
+        return 0
+    if processes.rank == 0:
+        print(f"stopped after step {progress.step - 1}: `python train.py --resume --checkpoint {args.checkpoint}` "
+              "goes on", file=sys.stderr)
+    return 128 + stop
 
 
 if __name__ == "__main__":
