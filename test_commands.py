@@ -15,6 +15,7 @@ import train
 from weights import load_checkpoint, save_checkpoint
 
 HERE = Path(__file__).parent
+LONG = os.environ.get("LONG_TESTS")
 DATA = ["--data", str(HERE / "the-verdict.txt")]
 MODEL = ["--n-layers", "1", "--emb-dim", "8", "--n-heads", "2", "--context-length", "16"]
 SMALL = [*DATA, *MODEL, "--train-ratio", "0.2", "--batch-size", "10", "--eval-iter", "1"]  # 6 steps an epoch
@@ -187,6 +188,66 @@ def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
+
+
+# Many processes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "train.py")]
+WITHOUT_DROPOUT = [*SMALL, "--epochs", "4", "--eval-freq", "1", "--drop-rate", "0"]  # 24 steps
+
+
+def test_two_processes_train_as_one_does(command, tmp_path):
+    status, one, _ = command("train.py", *WITHOUT_DROPOUT, "--checkpoint", "one.pth")
+    two = subprocess.run([*TORCHRUN, *WITHOUT_DROPOUT], cwd=tmp_path, capture_output=True, text=True)
+    assert status == two.returncode == 0 and two.stdout == one
+    (one, _, progress_of_one), (two, _, progress_of_two) = state("one.pth"), state("model.pth")
+    assert len(progress_of_one["evaluations"]) == 24
+    for losses_of_one, losses_of_two in zip(progress_of_one["evaluations"], progress_of_two["evaluations"], strict=True):
+        assert losses_of_two == pytest.approx(losses_of_one, abs=1e-6)
+    params, _ = load_checkpoint("one.pth")[:2]
+    assert max((one[name] - two[name]).abs().max() for name in params) < 1e-6
+
+
+def test_each_process_and_step_has_masks_of_its_own():
+    def first_draw(step, rank, seed=1):
+        generator = train.dropout_generator(
+            torch.Generator().manual_seed(seed), step, torch.device("cpu"), train.Processes(rank, 4))
+        return torch.rand((), generator=generator).item()
+    draws = [first_draw(step, rank, seed) for step in range(20) for rank in (1, 2, 3) for seed in (1, 2)]
+    assert len({*draws, first_draw(0, rank=0)}) == len(draws) + 1  # rank 0 goes on with the run's own stream
+    assert draws[0] == first_draw(0, 1)
+
+
+@pytest.mark.skipif(not LONG, reason="takes 20 s: set LONG_TESTS=1")
+def test_a_run_of_two_processes_is_bitwise_repeatable(tmp_path):
+    for name in ("a.pth", "b.pth"):
+        subprocess.run([*TORCHRUN, *SMALL, "--epochs", "2", "--checkpoint", name], cwd=tmp_path, check=True)
+    (one, *others), (two, *same) = state(tmp_path / "a.pth"), state(tmp_path / "b.pth")
+    assert all(torch.equal(one[name], two[name]) for name in one) and others == same
+
+
+@pytest.mark.parametrize("rank", [1] if not LONG else [0, 1])
+def test_a_killed_process_ends_the_others_and_one_process_goes_on(command, tmp_path, rank):
+    options = [*SMALL, "--epochs", "2000", "--eval-freq", "1", "--save-every", "1"]
+    with subprocess.Popen([*TORCHRUN, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as launcher:
+        [launcher.stdout.readline() for _ in range(3)]
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(next(int(child) for child in children
+                     if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text()), signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert "train.py: error: another process has ended: --resume goes on from the last save" in errors
+    steps = load_checkpoint("model.pth").run["progress"]["step"]
+    assert steps >= 1
+    status, output, _ = command("train.py", "--resume", "--epochs", str(steps // 6 + 1))
+    assert status == 0 and output.startswith(f"Ep {steps // 6 + 1} (Step {steps:06d})")
+
+
+def test_a_batch_that_cannot_be_split_is_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    status, _, errors = command("train.py", *SMALL)
+    assert status == 2 and "--batch-size 10 can't be split evenly over 3 processes" in errors
 
 
 # Mistakes: arguments, and words of the one line that they cost

@@ -189,18 +189,18 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, in the order of
     the parameters, and returns those to use: with several processes, their mean.
     """
-    leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in params.values()}  # tied tensors are one leaf
-    tracked = {name: leaves[id(tensor)] for name, tensor in params.items()}
+    names = {id(tensor): name for name, tensor in params.items()}  # tied tensors have several names and get one here
+    leaves = {name: params[name].detach().requires_grad_() for name in names.values()}
+    tracked = {name: leaves[names[id(tensor)]] for name, tensor in params.items()}
     # Embeddings need no cast: a lookup reads a few rows of a table, a cast would copy all of it.
     computed = {name: leaf if "_emb." in name else leaf.to(dtype) for name, leaf in tracked.items()}
     loss = calc_loss(computed, inputs, targets, config, generator)
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
     if average is not None:
         gradients = average(gradients)
-    first, second = ([{id(params[name]): moment for name, moment in opt_state[key].items()}[leaf] for leaf in leaves]
-                     for key in ("exp_avg", "exp_avg_sq"))
+    moments = ([opt_state[key][name] for name in leaves] for key in ("exp_avg", "exp_avg_sq"))
     with torch.no_grad():
-        adamw(list(leaves.values()), gradients, first, second, [], [opt_state["step"].clone() for _ in leaves],
+        adamw(list(leaves.values()), gradients, *moments, [], [opt_state["step"].clone() for _ in leaves],
               fused=True, amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
               weight_decay=weight_decay)
     return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
@@ -223,7 +223,7 @@ class Processes(NamedTuple):
         try:
             dist.all_reduce(tensor, operation)
         except RuntimeError:
-            raise ConnectionError("another process has ended: start again with --resume") from None
+            raise ConnectionError("another process has ended: --resume goes on from the last save") from None
 
     def agree(self, value: int, device: torch.device) -> int:
         """The largest value that a process has brought: the same in all of them."""
@@ -232,6 +232,15 @@ class Processes(NamedTuple):
         largest = torch.tensor(value, dtype=torch.int64, device=device)
         self.exchange(largest, dist.ReduceOp.MAX)
         return int(largest)
+
+
+def dropout_generator(generator: torch.Generator, step: int, device: torch.device,
+                      processes: Processes) -> torch.Generator:
+    """The stream of a step's dropout: the run's own, as in the chapter, where that can be; elsewhere one a step."""
+    if device.type == "cpu" and processes.rank == 0:
+        return generator
+    seed = np.random.SeedSequence((generator.initial_seed(), step, processes.rank)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(seed[0]))
 
 
 def plot_losses(epochs_seen: Sequence[float], tokens_seen: Sequence[int], train_losses: Sequence[float],
@@ -269,7 +278,7 @@ def catch_signals() -> list[int]:
 
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Sequence[np.ndarray],
           generator: torch.Generator, settings: Settings, save: Callable[[Params, OptState, Progress], None],
-          device: torch.device | str = "cpu", processes: Processes = Processes()) -> tuple[Progress, int]:
+          device: torch.device, processes: Processes) -> tuple[Progress, int]:
     """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
 
     windows are the training and the validation set's. Process 0 alone evaluates, prints and calls `save`, which it does
@@ -290,13 +299,10 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
                 order = shuffled(len(windows[0]), order_seed)
             start = index * settings.batch_size + processes.rank * rows
             inputs, targets = batch_of(windows[0], order[start:start + rows], device)
-            dropout_generator = generator  # the chapter's one stream; elsewhere than in its one process, one a step
-            if device.type != "cpu" or not leader:
-                seed = (settings.seed + 1) * 2**40 + step * processes.count + processes.rank
-                dropout_generator = torch.Generator(device).manual_seed(seed % 2**63)
             params, opt_state, _ = train_step(
-                params, opt_state, inputs, targets, config, dropout_generator, lr=settings.lr, dtype=dtype,
-                weight_decay=settings.weight_decay, average=processes.average if processes.count > 1 else None)
+                params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, processes),
+                lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
+                average=processes.average if processes.count > 1 else None)
             bar.update(batch_tokens)
             progress = progress._replace(step=step + 1, order_seed=order_seed)
             if leader and step % settings.eval_freq == 0:
