@@ -222,8 +222,8 @@ def run(command: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def main() -> int:
-    """The exit status of `python sample.py`."""
+def build_parser() -> Parser:
+    """The parser of this command line."""
     parser = Parser(description="Continue a text with a GPT-2 model.")
     add_weight_options(parser, "model.pth", "a checkpoint, or `openai` for the published GPT-2 (default: %(default)s)")
     parser.add_argument("--prompt", default="Every effort moves you", help="(default: %(default)s)")
@@ -231,8 +231,12 @@ def main() -> int:
     parser.add_argument("--temperature", type=number(float, 0), default=0.0,
                         help="0 always takes the likeliest token; higher is more varied (default: %(default)s)")
     parser.add_argument("--top-k", type=number(int, 1), help="draw from the k likeliest tokens only (default: all)")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> int:
+    """The exit status of `python sample.py`."""
+    args = build_parser().parse_args()
     if not args.prompt:
         raise ValueError("--prompt is empty: give the model something to continue")
     device = pick_device(args.device)

@@ -2,6 +2,7 @@
 import hashlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -188,6 +189,31 @@ def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
+
+
+# The README
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_python_blocks_print_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "the-verdict.txt").symlink_to(HERE / "the-verdict.txt")
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
+    assert len(blocks) == 7
+    for code, printed in blocks:
+        exec(code, names)
+        assert capsys.readouterr().out == printed, code
+    assert (tmp_path / "temperatures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readmes_command_lines_are_understood():
+    lines = re.findall(r"python (train|sample)\.py ?([^`#\n]*)", README)
+    assert len(lines) > 9
+    for script, arguments in lines:
+        parser = {"train": train.build_parser, "sample": sample.build_parser}[script]()
+        parser.parse_args(shlex.split(arguments))
 
 
 # Many processes

@@ -212,16 +212,15 @@ class Processes(NamedTuple):
     count: int = 1
 
     def average(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The mean of the gradients over all processes, in one exchange. ConnectionError if another has ended."""
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.exchange(flat, dist.ReduceOp.SUM)
-        parts = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
-        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        """The gradients' mean over all processes, in their own buffers. ConnectionError if another has ended."""
+        self.exchange(gradients, dist.ReduceOp.SUM)
+        return [gradient.div_(self.count) for gradient in gradients]
 
-    def exchange(self, tensor: Tensor, operation: Any) -> None:
-        """Nothing: makes of each process's tensor the sum or maximum over all of them, in place."""
-        try:
-            dist.all_reduce(tensor, operation)
+    def exchange(self, tensors: list[Tensor], operation: Any) -> None:
+        """Nothing: makes of each process's tensors their sum or maximum over all processes, in place."""
+        try:  # all at once and each where it lies: to join them first would cost more than it saves
+            for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
+                work.wait()
         except RuntimeError:
             raise ConnectionError("another process has ended: --resume goes on from the last save") from None
 
@@ -230,7 +229,7 @@ class Processes(NamedTuple):
         if self.count == 1:
             return value
         largest = torch.tensor(value, dtype=torch.int64, device=device)
-        self.exchange(largest, dist.ReduceOp.MAX)
+        self.exchange([largest], dist.ReduceOp.MAX)
         return int(largest)
 
 
