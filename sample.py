@@ -192,7 +192,7 @@ def pick_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
-    if not there.get(name.split(":")[0], False):
+    if not there.get(name.partition(":")[0], False):
         raise ValueError(f"there is no device {name!r} here: choose from {', '.join(k for k in there if there[k])}")
     return torch.device(name)
 
@@ -258,7 +258,7 @@ def main() -> int:
     print(args.prompt, end="", flush=True)
     start, count = time.perf_counter(), 0
     for count, token in enumerate(tokens, 1):
-        print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
+        print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
     print(decoder.decode(b"", final=True))
     seconds = time.perf_counter() - start
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)

@@ -121,6 +121,14 @@ def test_no_epochs_print_the_losses_and_write_nothing(command):
     assert not list(Path().iterdir())
 
 
+def test_a_fresh_run_keeps_the_checkpoint_that_it_finds(command):
+    command("train.py", *SMALL, "--epochs", "1")
+    found = Path("model.pth").read_bytes()
+    status, _, errors = command("train.py", *SMALL, "--epochs", "1", "--seed", "1")
+    assert status == 0 and "model.pth was there: now it is model.pth.old" in errors
+    assert Path("model.pth.old").read_bytes() == found != Path("model.pth").read_bytes()
+
+
 def test_sampling_needs_nothing_but_the_checkpoint(command):
     command("train.py", *SMALL, "--epochs", "1")
     status, output, errors = command("sample.py", "--prompt", "Hello <|endoftext|> 你", "--max-new-tokens", "70",
@@ -302,7 +310,7 @@ TRAIN_MISTAKES = [
     (["--drop-rate", "1"], "--drop-rate"), (["--drop-rate", "-0.1"], "--drop-rate"),
     (["--drop-rate", "nan"], "--drop-rate"),
     (["--n-layers", "0"], "--n-layers"), (["--emb-dim", "0"], "--emb-dim"), (["--n-heads", "-3"], "--n-heads"),
-    (["--emb-dim", "10", "--n-heads", "3"], "emb_dim 10", "n_heads 3"), (["--context-length", "0"], "--context-length"),
+    ([*DATA, "--emb-dim", "10", "--n-heads", "3"], "emb_dim 10"), (["--context-length", "0"], "--context-length"),
     ([*DATA, "--vocab-size", "100"], "--vocab-size", "50257"), ([*DATA, "--start-context", ""], "--start-context"),
     (["--device", "abacus"], "no device 'abacus'", "cpu"), (["--dtype", "float16"], "--dtype", "float16"),
     (["--weights", "model.pth"], "--weights", "--resume"),

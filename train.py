@@ -7,7 +7,6 @@ Axes: B batch, T tokens.
 """
 import argparse
 import ctypes
-import math
 import os
 import re
 import shutil
@@ -17,7 +16,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from itertools import pairwise
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,31 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from gpt import GPT_CONFIG_124M, Config, Params, calc_loss, init_params, param_shapes
-from sample import (END_OF_TEXT, Parser, add_weight_options, cast, generate, gpt2_tokenizer, number, pick_device, run,
-                    text_to_token_ids, token_ids_to_text)
-from weights import (Checkpoint, OptState, download_openai, load_checkpoint, load_openai, save_checkpoint,
-                     write_atomically)
+from gpt import GPT_CONFIG_124M, Config, Params, calc_loss, init_params
+from sample import (
+    END_OF_TEXT,
+    Parser,
+    add_weight_options,
+    cast,
+    generate,
+    gpt2_tokenizer,
+    number,
+    pick_device,
+    run,
+    text_to_token_ids,
+    token_ids_to_text,
+)
+from weights import (
+    Checkpoint,
+    OptState,
+    download_openai,
+    load_checkpoint,
+    load_openai,
+    save_checkpoint,
+    write_atomically,
+)
+
+Windows = tuple[np.ndarray, np.ndarray]  # the training set's and the validation set's
 
 PIECE = 2**20  # characters that are tokenized at a time
 
@@ -108,7 +128,7 @@ def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
 
 
-def read_windows(settings: Settings, length: int, tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:
+def read_windows(settings: Settings, length: int, tokenizer: tiktoken.Encoding) -> Windows:
     """The windows of the training and the validation part of the text; ValueError if they are too few (5.1.3)."""
     text = read_text(settings.data)
     split = int(settings.train_ratio * len(text))
@@ -158,7 +178,7 @@ def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, sh
 def calc_loss_loader(params: Params, loader: Iterator[tuple[Tensor, Tensor]], config: Config,
                      num_batches: int | None = None) -> float:
     """The mean loss of the first num_batches batches, of all by default; nan if there is none (section 5.1.3)."""
-    losses = [calc_loss(params, *batch, config).item() for batch, _ in zip(loader, range(num_batches or sys.maxsize))]
+    losses = [calc_loss(params, *batch, config).item() for batch in islice(loader, num_batches)]
     return sum(losses) / len(losses) if losses else float("nan")
 
 
@@ -198,9 +218,9 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
     if average is not None:
         gradients = average(gradients)
-    moments = ([opt_state[key][name] for name in leaves] for key in ("exp_avg", "exp_avg_sq"))
+    first, second = ([opt_state[key][name] for name in leaves] for key in ("exp_avg", "exp_avg_sq"))
     with torch.no_grad():
-        adamw(list(leaves.values()), gradients, *moments, [], [opt_state["step"].clone() for _ in leaves],
+        adamw(list(leaves.values()), gradients, first, second, [], [opt_state["step"].clone() for _ in leaves],
               fused=True, amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
               weight_decay=weight_decay)
     return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
@@ -209,12 +229,12 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
 class Processes(NamedTuple):
     """This process among those that train together: one, unless torchrun started several."""
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     def average(self, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients' mean over all processes, in their own buffers. ConnectionError if another has ended."""
         self.exchange(gradients, dist.ReduceOp.SUM)
-        return [gradient.div_(self.count) for gradient in gradients]
+        return [gradient.div_(self.world_size) for gradient in gradients]
 
     def exchange(self, tensors: list[Tensor], operation: Any) -> None:
         """Nothing: makes of each process's tensors their sum or maximum over all processes, in place."""
@@ -226,7 +246,7 @@ class Processes(NamedTuple):
 
     def agree(self, value: int, device: torch.device) -> int:
         """The largest value that a process has brought: the same in all of them."""
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.int64, device=device)
         self.exchange([largest], dist.ReduceOp.MAX)
@@ -255,8 +275,8 @@ def plot_losses(epochs_seen: Sequence[float], tokens_seen: Sequence[int], train_
     axes.set(xlabel="Epochs", ylabel="Loss")
     axes.legend(loc="upper right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_epoch, lambda x: x / tokens_per_epoch)).set_xlabel(
-        "Tokens seen")
+    scales = (partial(np.multiply, tokens_per_epoch), partial(np.multiply, 1 / tokens_per_epoch))
+    axes.secondary_xaxis("top", functions=scales).set_xlabel("Tokens seen")
     with write_atomically(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:])
 
@@ -265,7 +285,7 @@ def catch_signals() -> list[int]:
     """A list that will hold the first Ctrl-C or SIGTERM to come; a second one ends the process at once."""
     caught: list[int] = []
 
-    def handle(signum: int, frame: Any) -> None:
+    def handle(signum: int, _frame: Any) -> None:
         caught.append(signum)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
@@ -275,17 +295,17 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Sequence[np.ndarray],
+def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
           generator: torch.Generator, settings: Settings, save: Callable[[Params, OptState, Progress], None],
           device: torch.device, processes: Processes) -> tuple[Progress, int]:
     """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
 
-    windows are the training and the validation set's. Process 0 alone evaluates, prints and calls `save`, which it does
+    Process 0 alone evaluates, prints and calls `save`, which it does
     at the end, when interrupted, and every `save_every` steps.
     """
     tokenizer, dtype, leader = gpt2_tokenizer(), getattr(torch, settings.dtype), processes.rank == 0
     start_ids = text_to_token_ids(settings.start_context, tokenizer).to(device)
-    rows = settings.batch_size // processes.count  # of each batch, those of this process
+    rows = settings.batch_size // processes.world_size  # of each batch, those of this process
     total, batch_tokens = settings.epochs * progress.steps_per_epoch, settings.batch_size * progress.window
     order_seed, order, signals, stop = progress.order_seed, None, catch_signals(), 0
     with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
@@ -301,7 +321,7 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
             params, opt_state, _ = train_step(
                 params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, processes),
                 lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
-                average=processes.average if processes.count > 1 else None)
+                average=processes.average if processes.world_size > 1 else None)
             bar.update(batch_tokens)
             progress = progress._replace(step=step + 1, order_seed=order_seed)
             if leader and step % settings.eval_freq == 0:
@@ -356,25 +376,8 @@ def build_parser() -> Parser:
         elif field.name != "n_heads":
             kind = number(float, 0, 1) if field.name == "drop_rate" else number(int, 1)
             parser.add_argument(flag, type=kind, help=f"of the model {default}")
+    parser.set_defaults(context_length=GPT_CONFIG_124M.context_length)
     return parser
-
-
-def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], n_params: int) -> None:
-    """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
-    if len({path.resolve() for path in (checkpoint, plot, *map(Path, inputs))}) < 2 + len(inputs):
-        raise ValueError("--data, --checkpoint and --plot must all be different files")
-    if plot.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise ValueError(f"--checkpoint {checkpoint} is there and is no checkpoint: it will not be overwritten")
-    for path in (checkpoint, plot):
-        if path.is_dir():
-            raise ValueError(f"{path} is a directory, not a file to write")
-        with open(f"{path}.partial", "wb"):
-            os.remove(f"{path}.partial")
-    free, needed = shutil.disk_usage(checkpoint.resolve().parent).free, 12 * n_params  # float32, with AdamW's moments
-    if free < needed:
-        raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
 def load_run(path: str, n_heads: int | None) -> tuple[Checkpoint, Progress | None, Settings]:
@@ -390,87 +393,117 @@ def load_run(path: str, n_heads: int | None) -> tuple[Checkpoint, Progress | Non
         raise ValueError(f"{path} is not a checkpoint of this program") from None
 
 
-def fit_config(config: Config, given: dict[str, Any], source: str) -> Config:
-    """The configuration of loaded parameters; ValueError if the user gave another. Only drop_rate is free to change."""
-    for name, value in given.items():
-        if value != getattr(config, name) and name != "drop_rate":
-            raise ValueError(f"--{name.replace('_', '-')} {value} contradicts {source}: {getattr(config, name)} there")
-    return replace(config, drop_rate=given.get("drop_rate", config.drop_rate))
-
-
-def main() -> int:
-    """The exit status of `python train.py`."""
-    tune_allocator()
-    parser = build_parser()
+def read_arguments() -> tuple[argparse.Namespace, Settings, Checkpoint | None, Progress | None]:
+    """The command line, the settings that follow from it, and with --resume what the checkpoint holds."""
+    parser, loaded, progress = build_parser(), None, None
     args = parser.parse_args()
     if args.weights not in (None, "openai"):
         raise ValueError("--weights can only be openai; to go on from a file, use --resume --checkpoint FILE")
     if args.resume and args.weights:
         raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
-    given = {field.name: value for field in fields(Config) if (value := getattr(args, field.name)) is not None}
-    opt_state = progress = None
     if args.resume:
-        (params, config, opt_state, _), progress, kept = load_run(args.checkpoint, args.n_heads)
-        parser.set_defaults(**kept._asdict())
+        loaded, progress, kept = load_run(args.checkpoint, args.n_heads)
+        window = progress.window if progress else loaded.config.context_length
+        parser.set_defaults(**kept._asdict(), context_length=window)
         args = parser.parse_args()
-        if progress and args.batch_size != kept.batch_size:
-            raise ValueError(f"--batch-size {args.batch_size} contradicts {args.checkpoint}: {kept.batch_size} there")
-        window = progress.window if progress else config.context_length
-        if given.get("context_length") == window:
-            del given["context_length"]
-        config = fit_config(config, given, args.checkpoint)
-    else:
-        config = replace(GPT_CONFIG_124M, **given)
-        window = config.context_length
-    settings = Settings(*(getattr(args, name) for name in Settings._fields))
-    device = pick_device(args.device)
-    processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if settings.batch_size % processes.count:
-        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {processes.count} processes")
-    tokenizer = gpt2_tokenizer()
-    if config.vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"--vocab-size must be {tokenizer.n_vocab}, the size of GPT-2's vocabulary")
-    if not settings.start_context:
+        for name, value in (("context_length", window), ("batch_size", kept.batch_size)):
+            if progress and getattr(args, name) != value:
+                raise contradiction(name, getattr(args, name), args.checkpoint, value)
+    if not args.start_context:
         raise ValueError("--start-context is empty: give the samples something to continue")
+    return args, Settings(*(getattr(args, name) for name in Settings._fields)), loaded, progress
+
+
+def contradiction(name: str, value: Any, source: str, there: Any) -> ValueError:
+    """The error for an option that says something else than what was loaded."""
+    return ValueError(f"--{name.replace('_', '-')} {value} contradicts {source}: {there} there")
+
+
+def starting_model(args: argparse.Namespace, loaded: Checkpoint | None,
+                   generator: torch.Generator) -> tuple[Params, Config]:
+    """Parameters and configuration to begin with: the checkpoint's, OpenAI's, or fresh ones as the options say.
+
+    ValueError for an option that contradicts what was loaded: of that, only drop_rate can be changed, and
+    --context-length says how long the windows are, which may be shorter.
+    """
+    given = {field.name: value for field in fields(Config) if (value := getattr(args, field.name)) is not None}
+    if loaded is None and args.weights is None:
+        config = replace(GPT_CONFIG_124M, **given)
+        return init_params(config, generator), config
+    params, config = loaded[:2] if loaded else load_openai(
+        download_openai(args.size, args.models_dir, args.base_url))
+    source = args.checkpoint if loaded else "--weights openai"
+    for name, value in given.items():
+        there = getattr(config, name)
+        if value > there if name == "context_length" else value != there and name != "drop_rate":
+            raise contradiction(name, value, source, there)
+    return params, replace(config, drop_rate=given.get("drop_rate", config.drop_rate))
+
+
+def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: Params) -> None:
+    """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
+    if len({path.resolve() for path in (checkpoint, plot, *map(Path, inputs))}) < 2 + len(inputs):
+        raise ValueError("--data, --checkpoint and --plot must all be different files")
+    if plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        raise ValueError(f"--checkpoint {checkpoint} is there and is no checkpoint: it will not be overwritten")
+    for path in (checkpoint, plot):
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory, not a file to write")
+        with open(f"{path}.partial", "wb"):
+            os.remove(f"{path}.partial")
+    needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
+    free = shutil.disk_usage(checkpoint.resolve().parent).free
+    if free < needed:
+        raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+
+
+def main() -> int:
+    """The exit status of `python train.py`."""
+    tune_allocator()
+    args, settings, loaded, progress = read_arguments()
+    device, window = pick_device(args.device), args.context_length
+    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if settings.batch_size % processes.world_size:
+        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over "
+                         f"{processes.world_size} processes")
+    tokenizer = gpt2_tokenizer()
     windows = read_windows(settings, window, tokenizer)
     steps_per_epoch = len(windows[0]) // settings.batch_size
     if progress and progress.steps_per_epoch != steps_per_epoch:
         raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
                          f"{steps_per_epoch}")
-    if settings.epochs and processes.rank == 0:
-        n_params = sum(math.prod(shape) for shape in param_shapes(config).values())
-        check_outputs(Path(args.checkpoint), Path(args.plot), settings.data, n_params)
 
     generator = torch.Generator().manual_seed(settings.seed)
-    if args.weights:
-        params, config = load_openai(download_openai(args.size, args.models_dir, args.base_url))
-        if window > config.context_length:
-            raise ValueError(f"--context-length {window} is more than the {config.context_length} of these weights")
-        given.pop("context_length", None)  # said how long the windows are, which may be shorter
-        config = fit_config(config, given, "--weights openai")
-    elif not args.resume:
-        params = init_params(config, generator)
+    params, config = starting_model(args, loaded, generator)
+    if config.vocab_size != tokenizer.n_vocab:
+        raise ValueError(f"--vocab-size must be {tokenizer.n_vocab}, the size of GPT-2's vocabulary")
     if progress and progress.generator is not None:
         generator.set_state(progress.generator)
-    if not settings.epochs:
-        losses = evaluate_model(cast(params, getattr(torch, settings.dtype), device), *windows, settings.batch_size,
-                                config, generator, device=device)
-        print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
-        return 0
-
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
         print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
+    if not settings.epochs:
+        params = cast(params, getattr(torch, settings.dtype), device)
+        losses = evaluate_model(params, *windows, settings.batch_size, config, generator, device=device)
+        print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
+        return 0
+
     params = cast(params, torch.float32, device)
-    if opt_state is None:
-        opt_state = init_optimizer(params)
+    opt_state = loaded.opt_state if loaded and loaded.opt_state else init_optimizer(params)
     opt_state = {"step": opt_state["step"].to(device),
                  **{key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}}
     progress = progress or Progress(window, steps_per_epoch, step=int(opt_state["step"]))
     if progress.step >= settings.epochs * steps_per_epoch:
         print(f"{args.checkpoint} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
         return 0
-    if processes.count > 1:
+    if processes.rank == 0:
+        check_outputs(Path(args.checkpoint), Path(args.plot), settings.data, params)
+        if not args.resume and os.path.exists(args.checkpoint):
+            os.replace(args.checkpoint, f"{args.checkpoint}.old")
+            print(f"{args.checkpoint} was there: now it is {args.checkpoint}.old", file=sys.stderr)
+    if processes.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def save(params: Params, opt_state: OptState, progress: Progress) -> None:
@@ -478,15 +511,14 @@ def main() -> int:
                         progress=progress._asdict(), settings=settings._asdict())
     progress, stop = train(params, opt_state, config, progress, windows, generator, settings, save, device, processes)
     if processes.rank == 0 and progress.evaluations:
-        tokens_seen, *losses = zip(*progress.evaluations, strict=True)
+        tokens_seen, train_losses, val_losses = zip(*progress.evaluations, strict=True)
         tokens_per_epoch = steps_per_epoch * settings.batch_size * window
-        plot_losses([tokens / tokens_per_epoch for tokens in tokens_seen], tokens_seen, *losses, args.plot)
-    if not stop:
-        return 0
-    if processes.rank == 0:
+        epochs_seen = [tokens / tokens_per_epoch for tokens in tokens_seen]
+        plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, args.plot)
+    if processes.rank == 0 and stop:
         print(f"stopped after step {progress.step - 1}: `python train.py --resume --checkpoint {args.checkpoint}` "
               "goes on", file=sys.stderr)
-    return 128 + stop
+    return 128 + stop if stop else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -41,10 +41,10 @@ class Checkpoint(NamedTuple):
 
 def assign(left: Tensor, right: Any) -> Tensor:
     """`right` as a tensor, if its shape is that of `left`; otherwise a ValueError names both shapes (section 5.5)."""
-    right = torch.as_tensor(right)
-    if left.shape != right.shape:
-        raise ValueError(f"shape mismatch: {tuple(left.shape)} is needed, {tuple(right.shape)} was given")
-    return right
+    given: Tensor = torch.as_tensor(right)
+    if left.shape != given.shape:
+        raise ValueError(f"shape mismatch: {tuple(left.shape)} is needed, {tuple(given.shape)} was given")
+    return given
 
 
 def check_params(params: Params, config: Config, source: Path) -> Params:
@@ -143,7 +143,7 @@ def infer_config(params: Params, n_heads: int | None = None) -> Config:
 def read_adamw(optimizer: dict[str, Any], params: Params) -> OptState:
     """The state of a torch.optim.AdamW, which numbers the parameters in their order, as ours, which names them."""
     states = [optimizer["state"][i] for i in range(len(params))]
-    moments = {key: {name: assign(tensor, state[key]) for (name, tensor), state in zip(params.items(), states)}
+    moments = {key: {name: assign(params[name], state[key]) for name, state in zip(params, states, strict=True)}
                for key in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.as_tensor(states[0]["step"], dtype=torch.float32), **moments}
 
@@ -176,7 +176,9 @@ def download_file(url: str, path: Path) -> None:
     """
     for pause in (*RETRY_PAUSES, None):
         try:
-            return None if path.exists() else download_once(url, path)
+            if not path.exists():
+                download_once(url, path)
+            return
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 500
             if pause is None or (status < 500 and status not in (408, 416, 429)):
@@ -225,17 +227,13 @@ def load_openai(folder: str | Path) -> tuple[Params, Config]:
     folder = Path(folder)
     converted = folder / "converted.pth"
     source = [[path.stat().st_size, path.stat().st_mtime_ns] for path in (folder / name for name in OPENAI_FILES)]
-    try:
+    with suppress(OSError, ValueError):  # there is none, or it is damaged: make it
         cached = load_checkpoint(converted, mmap=True)
         if cached.run.get("source") == source:
             return cached.params, cached.config
-    except (OSError, ValueError):
-        pass  # there is none, or it is damaged: make it
     params, config = read_openai(folder)
-    try:
+    with suppress(OSError):  # a folder that can't be written to costs time at the next start, nothing else
         save_checkpoint(converted, params, config, source=source)
-    except OSError:
-        pass  # a folder that can't be written to costs time at the next start, nothing else
     return params, config
 
 
@@ -261,7 +259,8 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
             if tuple(shapes.get(variable, ())) != shape:
                 raise ValueError(f"{folder / 'model.ckpt'}: {variable} has to be {shape} for hparams.json, but is "
                                  + (str(tuple(shapes[variable])) if variable in shapes else "missing"))
-            return reader.get_tensor(variable)
+            array: np.ndarray = reader.get_tensor(variable)
+            return array
 
         params = convert_openai(read, config)
     except (tf.errors.OpError, UnicodeDecodeError, RuntimeError, IndexError) as error:
