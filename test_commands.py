@@ -168,7 +168,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, signum
     with start(cwd=tmp_path) as process:
         assert process.stdout.readline().startswith("Ep 1")
         process.send_signal(signum)
-        output, errors = process.communicate()
+        _, errors = process.communicate()
     assert process.returncode == status and "Traceback" not in errors
     assert "--resume --checkpoint model.pth` goes on" in errors
     assert load_checkpoint(tmp_path / "model.pth").run["progress"]["step"] >= 1
@@ -236,8 +236,8 @@ def test_two_processes_train_as_one_does(command, tmp_path):
     assert status == two.returncode == 0 and two.stdout == one
     (one, _, progress_of_one), (two, _, progress_of_two) = state("one.pth"), state("model.pth")
     assert len(progress_of_one["evaluations"]) == 24
-    for losses_of_one, losses_of_two in zip(progress_of_one["evaluations"], progress_of_two["evaluations"], strict=True):
-        assert losses_of_two == pytest.approx(losses_of_one, abs=1e-6)
+    for ours, theirs in zip(progress_of_one["evaluations"], progress_of_two["evaluations"], strict=True):
+        assert theirs == pytest.approx(ours, abs=1e-6)
     params, _ = load_checkpoint("one.pth")[:2]
     assert max((one[name] - two[name]).abs().max() for name in params) < 1e-6
 

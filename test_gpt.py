@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_the_first_six_steps_print_the_chapters_losses(windows):
     generator = seeded()
     params = init_params(GPT_CONFIG_124M, generator)
     opt_state, lines = train.init_optimizer(params), []
-    for step, batch in zip(range(6), train.batches(windows[0], 2, generator, shuffle=True)):
+    for step, batch in enumerate(islice(train.batches(windows[0], 2, generator, shuffle=True), 6)):
         params, opt_state, _ = train.train_step(params, opt_state, *batch, GPT_CONFIG_124M, generator)
         if step % 5 == 0:
             losses = train.evaluate_model(params, *windows, 2, GPT_CONFIG_124M, generator, eval_iter=5)

@@ -113,11 +113,13 @@ class Server:
                 if server.statuses:
                     status = server.statuses.pop(0)
                     if status != 200:
-                        return self.send_error(status)
+                        self.send_error(status)
+                        return
                 content = b"<html>sign in</html>" if name in server.html else (root / self.path[1:]).read_bytes()
                 start = int(asked[6:-1]) if asked and server.ranges else 0
                 if start > len(content) or (start and start == len(content)):
-                    return self.send_error(416)
+                    self.send_error(416)
+                    return
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(content) - start))
                 if name in server.html:
