@@ -5,15 +5,15 @@ token. No function here changes what it is given or remembers anything: the same
 
 Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
 """
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def init_params(config: Config, generator: torch.Generator) -> Params:
 class Cache(NamedTuple):
     """The keys and values of the tokens read so far, so that the next token needs only its own.
 
-    The buffers have room for more tokens. Growing a cache writes into that room alone: the cache it grew from, with its
+    The buffer has room for more tokens. Growing a cache writes into that room alone: the cache it grew from, with its
     smaller length, still holds what it held.
     """
     keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use
@@ -107,22 +107,19 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
     """x with each value zeroed with probability `rate` and the others divided by 1 - rate; x without a generator."""
     if generator is None or rate == 0:
         return x
-    # The very draws of bernoulli_(1 - rate), which compares 53 random bits with the probability, in 60% of its time.
-    kept = random_bits(x, generator) < math.ceil((1 - rate) * 2**53)
-    return kept.to(x.dtype).div_(1 - rate) * x
-
-
-def random_bits(like: Tensor, generator: torch.Generator) -> Tensor:
-    """53 random bits for each entry of `like`, as an int64: divided by 2**53, a uniform number from [0, 1)."""
-    return torch.empty(like.shape, dtype=torch.int64, device=like.device).random_(2**53, generator=generator)
+    return torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate) * x
 
 
 def attention(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
               past: Cache | None = None) -> Tensor:
     """Causal multi-head attention over x (B, T, E) and, with `past`, over the tokens that one layer's cache holds."""
     B, T, E = x.shape
-    qkv = linear(x, params, f"{name}.W_qkv").view(B, T, 3, config.n_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv if past is None else (qkv[0], *append(past, qkv[1:]))  # (B, H, T, D)
+    q, k, v = (linear(x, params, f"{name}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+               for part in ("W_query", "W_key", "W_value"))
+    if past is not None:
+        end = past.length + T
+        past.keys_values[..., past.length:end, :] = torch.stack((k, v))
+        k, v = past.keys_values[..., :end, :]
     if generator is None or config.drop_rate == 0:
         context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     else:  # the same by hand, because only here can the dropout draw from our generator
@@ -146,17 +143,6 @@ def transformer_block(x: Tensor, params: Params, name: str, config: Config, gene
     return x + dropout(fed, config.drop_rate, generator)
 
 
-def join_qkv(params: Params, config: Config) -> Params:
-    """The parameters with each block's W_query, W_key and W_value as one W_qkv: one product in place of three."""
-    if "trf_blocks.0.att.W_qkv.weight" in params:
-        return params
-    kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
-    return params | {
-        f"trf_blocks.{i}.att.W_qkv.{kind}": torch.cat([
-            params[f"trf_blocks.{i}.att.{part}.{kind}"] for part in ("W_query", "W_key", "W_value")])
-        for i in range(config.n_layers) for kind in kinds}
-
-
 def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
                   cache: Cache | None = None) -> Tensor:
     """What the output head sees: (B, T, E) for token_ids (B, T), which follow the tokens in `cache`, if any."""
@@ -164,11 +150,10 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
     end = start + token_ids.shape[1]
     if end > config.context_length:
         raise ValueError(f"{end} tokens are more than context_length {config.context_length}")
-    params = join_qkv(params, config)
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
     x = dropout(x, config.drop_rate, generator).to(params["out_head.weight"].dtype)
     for i in range(config.n_layers):
-        past = None if cache is None else Cache(cache.keys_values[i], cache.length)
+        past = None if cache is None else Cache(cache.keys_values[i], start)
         x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
     return layer_norm(x, params, "final_norm")
 
@@ -195,37 +180,57 @@ def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> C
     return Cache(params["tok_emb.weight"].new_empty(shape), length=0)
 
 
-def append(past: Cache, new: Tensor) -> Tensor:
-    """The keys and values (2, B, H, T, D) in one layer's cache, then the new ones, which are written into its room."""
-    end = past.length + new.shape[3]
-    past.keys_values[:, :, :, past.length:end] = new
-    return past.keys_values[:, :, :, :end]
-
-
 def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> tuple[Tensor, Cache]:
     """Logits (B, V) of the token after token_ids, and the cache grown by token_ids.
 
     token_ids (B, T) are a whole prompt when the cache is empty, and one token (T = 1) after that.
     """
     x = hidden_states(params, token_ids, config, cache=cache)
-    return linear(x[:, -1], params, "out_head"), cache._replace(length=cache.length + token_ids.shape[1])
+    return linear(x[:, -1:], params, "out_head")[:, 0], cache._replace(length=cache.length + token_ids.shape[1])
+
+
+# Nearly all the time goes into one operation. What follows computes F.linear by oneDNN, the library for it within
+# PyTorch: on processors where PyTorch's own choice for float32 is another, it takes half the time.
+
+class Linear(torch.autograd.Function):
+    """F.linear and its gradients, by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        x, weight, bias = ctx.saved_tensors
+        rows = gradient.reshape(-1, len(weight))
+        return (onednn(gradient, weight.T), onednn(rows.T, x.reshape(-1, x.shape[-1]).T),
+                None if bias is None else rows.sum(0))
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias) without gradients."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias), in the form that reads the weight fastest when x has only a few rows on a CPU.
+    """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out).
 
-    Generation multiplies a handful of rows with every weight, so its time is the time to read the weights from memory.
-    The comments say at what share of the memory's speed F.linear does that, and the form used instead (2 cores).
+    A few tokens keep PyTorch's own choice: it is as fast there, and the last digits of section 5.1.2 are its rounding.
     """
-    fan_out, fan_in = weight.shape
-    rows = x.numel() // fan_in
-    if rows > 16 or x.device.type != "cpu" or (rows <= 2 and x.dtype != torch.bfloat16):
+    few = 1 < x.shape[1] < 16 and weight.layout == torch.strided
+    if few or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not ONEDNN:
         return F.linear(x, weight, bias)
-    if x.dtype == torch.bfloat16:  # 55% -> 80%
-        product = torch.mv(weight, x.flatten()) if rows == 1 else (weight @ x.view(rows, fan_in).T).T
-    else:  # 8 rows: 45% -> 80%, as many small products, which BLAS does without copying
-        block = next(size for size in range(64, 0, -1) if fan_out % size == 0)
-        blocks = weight.view(-1, block, fan_in).transpose(1, 2)  # (fan_out / block, fan_in, block)
-        product = torch.bmm(x.reshape(1, rows, fan_in).expand(len(blocks), -1, -1), blocks).transpose(0, 1)
-    product = product.reshape(*x.shape[:-1], fan_out)
-    return product if bias is None else product + bias
+    product: Tensor = Linear.apply(x, weight, bias)
+    return product
+
+
+def pack(params: Params) -> Params:
+    """The parameters for generation: bfloat16 matrices laid out as oneDNN reads them twice as fast, for one row at a time.
+
+    Only `next_logits` and `forward` understand them. Others are returned as they are: in float32 it would not pay.
+    """
+    return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1)
+            if ONEDNN and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.layout == torch.strided
+            and tensor.ndim == 2 and "_emb." not in name else tensor for name, tensor in params.items()}

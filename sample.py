@@ -21,8 +21,8 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from gpt import Config, Params, empty_cache, join_qkv, next_logits, random_bits
-from weights import OPENAI_SIZES, OPENAI_URL, download_openai, load_checkpoint, load_openai
+from gpt import Config, Params, empty_cache, next_logits, pack
+from weights import OPENAI_SIZES, OPENAI_URL, Checkpoint, download_openai, load_checkpoint, load_openai
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = Path(__file__).with_name("r50k_base.tiktoken")
@@ -62,56 +62,41 @@ def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     return (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
 
 
-def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The min(k, V) largest logits of each row (B, V), and the tokens they belong to. ValueError when k is below 1."""
-    if k < 1:
-        raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
-    return logits.topk(min(k, logits.shape[-1]))
-
-
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """The k largest logits of each row where they stand, -inf elsewhere; of equal ones just enough (section 5.3.2).
 
     logits (..., V) -> (..., V), of which min(k, V) are kept. ValueError when k is below 1.
     """
-    values, tokens = largest(logits, k)
-    return torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
-
-
-def race(probabilities: Tensor, bits: Tensor) -> Tensor:
-    """The winner of each row (B, 1): who arrives first, after an exponential time with its probability as the rate.
-
-    So each entry of the probabilities (B, n) wins with its probability. bits (B, n) are `random_bits`, which make the
-    times: minus the logarithm of uniform numbers from (0, 1].
-    """
-    times = torch.log1p(-bits.double().mul_(2.0**-53)).neg_().clamp_min_(torch.finfo(torch.float32).tiny)
-    return (probabilities / times.to(probabilities.dtype)).argmax(-1, keepdim=True)
+    if k < 1:
+        raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
+    kept = logits.topk(min(k, logits.shape[-1]))
+    return torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One index a row (B, 1), drawn with the probabilities (B, V) (section 5.3.1).
 
-    These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time.
+    These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time: the first to arrive wins,
+    when the time of each is minus the logarithm of a uniform number from (0, 1], over its probability.
     """
-    return race(probabilities, random_bits(probabilities, generator))
+    bits = torch.empty_like(probabilities, dtype=torch.int64).random_(2**53, generator=generator)
+    times = torch.log1p(-bits.double().mul_(2.0**-53)).neg_().clamp_min_(torch.finfo(torch.float32).tiny)
+    return (probabilities / times.to(probabilities.dtype)).argmax(-1, keepdim=True)
 
 
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
                generator: torch.Generator | None = None) -> Tensor:
     """Each row's next token id (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
 
-    What is drawn is `draw(softmax_with_temperature(keep_top_k(logits, top_k), temperature), generator)`. ValueError for
-    a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
+    ValueError for a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
     """
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
     if temperature == 0:
-        return (logits if top_k is None else keep_top_k(logits, top_k)).argmax(-1, keepdim=True)
+        return logits.argmax(-1, keepdim=True)
     if generator is None:
         raise ValueError("a temperature above 0 needs a generator to draw from")
-    if top_k is None:
-        return draw(softmax_with_temperature(logits, temperature), generator)
-    bits = random_bits(logits, generator)  # one number for every token; the arithmetic only for those that can win
-    values, tokens = largest(logits, top_k)
-    return tokens.gather(-1, race(softmax_with_temperature(values, temperature), bits.gather(-1, tokens)))
+    return draw(softmax_with_temperature(logits, temperature), generator)
 
 
 @torch.inference_mode()
@@ -122,7 +107,7 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
     B, T = token_ids.shape
     if T == 0 or max_new_tokens < 0:
         raise ValueError("the prompt must have at least one token" if T == 0 else "max_new_tokens must not be negative")
-    params = join_qkv(params, config)  # once, not for every token
+    params = pack(params)
     window = token_ids[:, -config.context_length:]
     cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
     unread = window
@@ -187,6 +172,15 @@ def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -
     add("--n-heads", type=number(int, 1), help="of the model; a plain state_dict does not tell (default: emb_dim / 64)")
 
 
+def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
+    """OpenAI's model if the name is `openai`, or else the checkpoint of that name; errors say what to do."""
+    if name == "openai":
+        return Checkpoint(*load_openai(download_openai(args.size, args.models_dir, args.base_url)), None, {})
+    if not Path(name).exists():
+        raise ValueError(f"there is no {name}: `python train.py --checkpoint {name}` makes it")
+    return load_checkpoint(name, args.n_heads)
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name, or for `auto` the best one here; ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -240,12 +234,7 @@ def main() -> int:
     if not args.prompt:
         raise ValueError("--prompt is empty: give the model something to continue")
     device = pick_device(args.device)
-    if args.weights == "openai":
-        params, config = load_openai(download_openai(args.size, args.models_dir, args.base_url))
-    elif not Path(args.weights).exists():
-        raise ValueError(f"there is no {args.weights}: `python train.py --checkpoint {args.weights}` makes it")
-    else:
-        params, config, *_ = load_checkpoint(args.weights, args.n_heads, mmap=True)
+    params, config, *_ = load_model(args.weights, args)
     params = cast(params, getattr(torch, args.dtype), device)
     tokenizer = gpt2_tokenizer()
     if config.vocab_size != tokenizer.n_vocab:

@@ -61,8 +61,8 @@ def state(path):
     """All that the rest of a run depends on, flat."""
     params, config, opt_state, run = load_checkpoint(path)
     moments = {f"{key}.{name}": opt_state[key][name] for key in ("exp_avg", "exp_avg_sq") for name in params}
-    return {**params, **moments, "step": opt_state["step"], "generator": run["progress"]["generator"]}, config, {
-        key: value for key, value in run["progress"].items() if key != "generator"}
+    tensors = {key: run["progress"].pop(key) for key in ("generator", "order")}
+    return {**params, **moments, **tensors, "step": opt_state["step"]}, config, run["progress"]
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 6, 7, 11])

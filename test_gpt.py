@@ -370,8 +370,9 @@ def test_matmul_is_a_linear_layer_for_every_number_of_rows(rows, fan_in, fan_out
     bias = bias if with_bias else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(gpt.matmul(x, weight, bias).double(), exact, atol=tolerance, rtol=tolerance)
-    assert gpt.matmul(x[None], weight, bias).shape == (1, rows, fan_out)
+    for shape in ((1, rows), (rows, 1)):  # one row of tokens, one token in each row
+        product = gpt.matmul(x.view(*shape, fan_in), weight, bias)
+        torch.testing.assert_close(product.view(rows, fan_out).double(), exact, atol=tolerance, rtol=tolerance)
 
 
 # What makes no sense is refused

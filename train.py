@@ -29,32 +29,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
+import sample
 from gpt import GPT_CONFIG_124M, Config, Params, calc_loss, init_params
-from sample import (
-    END_OF_TEXT,
-    Parser,
-    add_weight_options,
-    cast,
-    generate,
-    gpt2_tokenizer,
-    number,
-    pick_device,
-    run,
-    text_to_token_ids,
-    token_ids_to_text,
-)
-from weights import (
-    Checkpoint,
-    OptState,
-    download_openai,
-    load_checkpoint,
-    load_openai,
-    save_checkpoint,
-    write_atomically,
-)
+from sample import END_OF_TEXT, cast, generate, number, text_to_token_ids, token_ids_to_text
+from weights import Checkpoint, OptState, save_checkpoint, write_atomically
 
 Windows = tuple[np.ndarray, np.ndarray]  # the training set's and the validation set's
-
 PIECE = 2**20  # characters that are tokenized at a time
 
 
@@ -76,12 +56,18 @@ class Settings(NamedTuple):
 
 class Progress(NamedTuple):
     """How far a run is: with parameters, optimizer state and configuration, all that the rest of it depends on."""
-    window: int                        # tokens in a window
+    window: int                      # tokens in a window
     steps_per_epoch: int
-    step: int = 0                      # steps done
-    order_seed: int | None = None      # of the epoch's order
-    generator: Tensor | None = None    # its state
+    step: int = 0                    # steps done
+    order: Tensor | None = None      # of the windows in this epoch
+    generator: Tensor | None = None  # its state
     evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
+
+
+class Processes(NamedTuple):
+    """This process among those that train together: one, unless torchrun started several."""
+    rank: int = 0
+    world_size: int = 1
 
 
 def tune_allocator() -> None:
@@ -140,38 +126,26 @@ def read_windows(settings: Settings, length: int, tokenizer: tiktoken.Encoding) 
     return train, val
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A random 63-bit integer: what the chapter's DataLoader draws when a pass begins."""
-    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+def pass_order(n: int, generator: torch.Generator, shuffle: bool) -> Tensor:
+    """The order of one pass over n windows (n,), with the draws of the chapter's DataLoader (section 5.1.3)."""
+    def draw_seed() -> int:
+        return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+    draw_seed()  # for worker processes that aren't there
+    return torch.randperm(n, generator=torch.Generator().manual_seed(draw_seed())) if shuffle else torch.arange(n)
 
 
-def pass_seed(generator: torch.Generator) -> int:
-    """The seed of a shuffled pass. Like the chapter's DataLoader, it first draws one for workers that aren't there."""
-    draw_seed(generator)
-    return draw_seed(generator)
-
-
-def shuffled(n: int, seed: int) -> np.ndarray:
-    """The numbers below n in the order that belongs to the seed."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
-
-
-def batch_of(windows: np.ndarray, rows: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) of the windows in these rows."""
-    tokens = torch.from_numpy(windows[rows].astype(np.int64)).to(device)
+    tokens = torch.from_numpy(windows[rows.numpy()].astype(np.int64)).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
 def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, shuffle: bool,
             device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over the windows: inputs and targets (B, T). A shuffled pass drops the last, partial batch (5.1.3)."""
-    n = len(windows)
-    if shuffle:
-        order, n = shuffled(n, pass_seed(generator)), n - n % batch_size
-    else:
-        order, _ = np.arange(n), draw_seed(generator)
-    for start in range(0, n, batch_size):
-        yield batch_of(windows, order[start:min(start + batch_size, n)], device)
+    for rows in pass_order(len(windows), generator, shuffle).split(batch_size):
+        if len(rows) == batch_size or not shuffle:
+            yield batch_of(windows, rows, device)
 
 
 @torch.no_grad()
@@ -183,20 +157,18 @@ def calc_loss_loader(params: Params, loader: Iterator[tuple[Tensor, Tensor]], co
 
 
 def evaluate_model(params: Params, train_windows: np.ndarray, val_windows: np.ndarray, batch_size: int, config: Config,
-                   generator: torch.Generator, eval_iter: int | None = None,
-                   device: torch.device | str = "cpu") -> tuple[float, float]:
+                   generator: torch.Generator, eval_iter: int | None = None) -> tuple[float, float]:
     """The mean training and validation loss over eval_iter batches of each, without dropout (section 5.2)."""
-    train = batches(train_windows, batch_size, generator, shuffle=True, device=device)
-    train_loss = calc_loss_loader(params, train, config, eval_iter)
-    val = batches(val_windows, batch_size, generator, shuffle=False, device=device)
-    return train_loss, calc_loss_loader(params, val, config, eval_iter)
+    device = params["tok_emb.weight"].device
+    train, val = (batches(train_windows, batch_size, generator, True, device),
+                  batches(val_windows, batch_size, generator, False, device))
+    return calc_loss_loader(params, train, config, eval_iter), calc_loss_loader(params, val, config, eval_iter)
 
 
 def init_optimizer(params: Params) -> OptState:
     """AdamW's state before the first step: its step count and two moments for each parameter, all 0 (section 5.2)."""
-    zeros = [{name: torch.zeros_like(tensor) for name, tensor in params.items()} for _ in range(2)]
-    return {"step": torch.zeros((), device=params["tok_emb.weight"].device), "exp_avg": zeros[0],
-            "exp_avg_sq": zeros[1]}
+    first, second = ({name: torch.zeros_like(tensor) for name, tensor in params.items()} for _ in range(2))
+    return {"step": torch.zeros((), device=params["tok_emb.weight"].device), "exp_avg": first, "exp_avg_sq": second}
 
 
 def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
@@ -226,31 +198,19 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
 
 
-class Processes(NamedTuple):
-    """This process among those that train together: one, unless torchrun started several."""
-    rank: int = 0
-    world_size: int = 1
+def reduce(tensors: list[Tensor], operation: Any) -> list[Tensor]:
+    """The tensors' sum, mean or maximum over all processes, in their own buffers; ConnectionError if one has ended."""
+    try:  # all at once and each where it lies: to join them first would cost more than it saves
+        for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
+            work.wait()
+    except RuntimeError:
+        raise ConnectionError("another process has ended: --resume goes on from the last save") from None
+    return tensors
 
-    def average(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients' mean over all processes, in their own buffers. ConnectionError if another has ended."""
-        self.exchange(gradients, dist.ReduceOp.SUM)
-        return [gradient.div_(self.world_size) for gradient in gradients]
 
-    def exchange(self, tensors: list[Tensor], operation: Any) -> None:
-        """Nothing: makes of each process's tensors their sum or maximum over all processes, in place."""
-        try:  # all at once and each where it lies: to join them first would cost more than it saves
-            for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
-                work.wait()
-        except RuntimeError:
-            raise ConnectionError("another process has ended: --resume goes on from the last save") from None
-
-    def agree(self, value: int, device: torch.device) -> int:
-        """The largest value that a process has brought: the same in all of them."""
-        if self.world_size == 1:
-            return value
-        largest = torch.tensor(value, dtype=torch.int64, device=device)
-        self.exchange([largest], dist.ReduceOp.MAX)
-        return int(largest)
+def average(gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients' mean over all processes, in their own buffers."""
+    return [gradient.div_(dist.get_world_size()) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
 
 
 def dropout_generator(generator: torch.Generator, step: int, device: torch.device,
@@ -262,12 +222,12 @@ def dropout_generator(generator: torch.Generator, step: int, device: torch.devic
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 
-def plot_losses(epochs_seen: Sequence[float], tokens_seen: Sequence[int], train_losses: Sequence[float],
-                val_losses: Sequence[float], path: str | Path) -> None:
+def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoch: int, path: str | Path) -> None:
     """Nothing: draws the losses against epochs, with a second axis for the tokens seen, into a file (figure 5.12)."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-    tokens_per_epoch = tokens_seen[-1] / epochs_seen[-1]
+    tokens_seen, train_losses, val_losses = zip(*evaluations, strict=True)
+    epochs_seen = [tokens / tokens_per_epoch for tokens in tokens_seen]
     figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(epochs_seen, train_losses, label="Training loss")
@@ -289,7 +249,6 @@ def catch_signals() -> list[int]:
         caught.append(signum)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, handle)
     return caught
@@ -297,46 +256,47 @@ def catch_signals() -> list[int]:
 
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
           generator: torch.Generator, settings: Settings, save: Callable[[Params, OptState, Progress], None],
-          device: torch.device, processes: Processes) -> tuple[Progress, int]:
+          processes: Processes = Processes()) -> tuple[Progress, int]:  # noqa: B008
     """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
 
-    Process 0 alone evaluates, prints and calls `save`, which it does
-    at the end, when interrupted, and every `save_every` steps.
+    Process 0 alone evaluates, prints and calls `save`: at the end, when interrupted, and every `save_every` steps.
     """
-    tokenizer, dtype, leader = gpt2_tokenizer(), getattr(torch, settings.dtype), processes.rank == 0
-    start_ids = text_to_token_ids(settings.start_context, tokenizer).to(device)
+    tokenizer, dtype, leader = sample.gpt2_tokenizer(), getattr(torch, settings.dtype), processes.rank == 0
+    device, several = params["tok_emb.weight"].device, processes.world_size > 1
+
+    def leaders(value: Tensor) -> Tensor:  # what process 0 brings; the others bring zeros, or a signal of their own
+        return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if several else value
     rows = settings.batch_size // processes.world_size  # of each batch, those of this process
     total, batch_tokens = settings.epochs * progress.steps_per_epoch, settings.batch_size * progress.window
-    order_seed, order, signals, stop = progress.order_seed, None, catch_signals(), 0
+    order, signals, stop = progress.order, catch_signals(), 0
     with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
               unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
             epoch, index = divmod(step, progress.steps_per_epoch)
-            if index == 0 or order_seed is None:
-                order_seed = processes.agree(pass_seed(generator) if leader else 0, device)
             if index == 0 or order is None:
-                order = shuffled(len(windows[0]), order_seed)
+                n = len(windows[0])
+                order = leaders(pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64))
             start = index * settings.batch_size + processes.rank * rows
             inputs, targets = batch_of(windows[0], order[start:start + rows], device)
             params, opt_state, _ = train_step(
                 params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, processes),
-                lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
-                average=processes.average if processes.world_size > 1 else None)
+                lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype, average=average if several else None)
             bar.update(batch_tokens)
-            progress = progress._replace(step=step + 1, order_seed=order_seed)
             if leader and step % settings.eval_freq == 0:
                 losses = evaluate_model(cast(params, dtype, device), *windows, settings.batch_size, config, generator,
-                                        settings.eval_iter, device)
+                                        settings.eval_iter)
                 evaluation = ((step + 1) * batch_tokens, *losses)
                 progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
                 log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}")
             if leader and index == progress.steps_per_epoch - 1:
-                text = token_ids_to_text(generate(cast(params, dtype, device), start_ids, config, 50), tokenizer)
+                prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
+                text = token_ids_to_text(generate(cast(params, dtype, device), prompt, config, 50), tokenizer)
                 log(text.replace("\n", " "))
-            stop = processes.agree(signals[0] if signals else 0, device)
+            stop = int(leaders(torch.tensor(signals[0] if signals else 0)))
+            progress = progress._replace(step=step + 1, order=order, generator=generator.get_state())
             saving = settings.save_every and (step + 1) % settings.save_every == 0
             if leader and (stop or saving or step + 1 == total):
-                save(params, opt_state, progress._replace(generator=generator.get_state()))
+                save(params, opt_state, progress)
             if stop:
                 break
     return progress, stop
@@ -348,9 +308,9 @@ def log(line: str) -> None:
     sys.stdout.flush()
 
 
-def build_parser() -> Parser:
+def build_parser() -> sample.Parser:
     """The parser of this command line."""
-    parser = Parser(description="Train a GPT-2 model on a text, as the chapter does.")
+    parser = sample.Parser(description="Train a GPT-2 model on a text, as the chapter does.")
 
     def add(name: str, parse: Callable[[str], Any], meaning: str, **options: Any) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=Settings._field_defaults[name],
@@ -368,7 +328,7 @@ def build_parser() -> Parser:
     parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
     parser.add_argument("--plot", default="loss.png", help="where the losses are drawn: .png, .pdf or .svg")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
-    add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
+    sample.add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
     for field in fields(Config):
         flag, default = f"--{field.name.replace('_', '-')}", f"(default: {getattr(GPT_CONFIG_124M, field.name)})"
         if field.name == "qkv_bias":
@@ -380,17 +340,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def load_run(path: str, n_heads: int | None) -> tuple[Checkpoint, Progress | None, Settings]:
-    """The checkpoint at `path`, with the progress and settings of its run: none and the default if it is not ours."""
-    if not Path(path).exists():
-        raise ValueError(f"there is no {path}: `python train.py --checkpoint {path}` makes it")
-    checkpoint = load_checkpoint(path, n_heads)
-    try:
-        if not checkpoint.run:
-            return checkpoint, None, Settings()
-        return checkpoint, Progress(**checkpoint.run["progress"]), Settings(**checkpoint.run["settings"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} is not a checkpoint of this program") from None
+def contradiction(name: str, value: Any, source: str, there: Any) -> ValueError:
+    """The error for an option that says something else than what was loaded."""
+    return ValueError(f"--{name.replace('_', '-')} {value} contradicts {source}: {there} there")
 
 
 def read_arguments() -> tuple[argparse.Namespace, Settings, Checkpoint | None, Progress | None]:
@@ -402,42 +354,41 @@ def read_arguments() -> tuple[argparse.Namespace, Settings, Checkpoint | None, P
     if args.resume and args.weights:
         raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
     if args.resume:
-        loaded, progress, kept = load_run(args.checkpoint, args.n_heads)
-        window = progress.window if progress else loaded.config.context_length
-        parser.set_defaults(**kept._asdict(), context_length=window)
+        loaded = sample.load_model(args.checkpoint, args)
+        window = loaded.config.context_length
+        if loaded.run:
+            try:
+                progress, kept = Progress(**loaded.run["progress"]), Settings(**loaded.run["settings"])
+            except (KeyError, TypeError):
+                raise ValueError(f"{args.checkpoint} is not a checkpoint of this program") from None
+            parser.set_defaults(**kept._asdict())
+            window = progress.window
+        parser.set_defaults(context_length=window)
         args = parser.parse_args()
-        for name, value in (("context_length", window), ("batch_size", kept.batch_size)):
-            if progress and getattr(args, name) != value:
-                raise contradiction(name, getattr(args, name), args.checkpoint, value)
+        for name, there in (("context_length", window), ("batch_size", kept.batch_size)) if progress else ():
+            if getattr(args, name) != there:
+                raise contradiction(name, getattr(args, name), args.checkpoint, there)
     if not args.start_context:
         raise ValueError("--start-context is empty: give the samples something to continue")
     return args, Settings(*(getattr(args, name) for name in Settings._fields)), loaded, progress
 
 
-def contradiction(name: str, value: Any, source: str, there: Any) -> ValueError:
-    """The error for an option that says something else than what was loaded."""
-    return ValueError(f"--{name.replace('_', '-')} {value} contradicts {source}: {there} there")
-
-
 def starting_model(args: argparse.Namespace, loaded: Checkpoint | None,
                    generator: torch.Generator) -> tuple[Params, Config]:
-    """Parameters and configuration to begin with: the checkpoint's, OpenAI's, or fresh ones as the options say.
+    """Parameters and configuration to begin with: those loaded, or fresh ones as the options say.
 
     ValueError for an option that contradicts what was loaded: of that, only drop_rate can be changed, and
     --context-length says how long the windows are, which may be shorter.
     """
     given = {field.name: value for field in fields(Config) if (value := getattr(args, field.name)) is not None}
-    if loaded is None and args.weights is None:
+    if loaded is None:
         config = replace(GPT_CONFIG_124M, **given)
         return init_params(config, generator), config
-    params, config = loaded[:2] if loaded else load_openai(
-        download_openai(args.size, args.models_dir, args.base_url))
-    source = args.checkpoint if loaded else "--weights openai"
     for name, value in given.items():
-        there = getattr(config, name)
+        there = getattr(loaded.config, name)
         if value > there if name == "context_length" else value != there and name != "drop_rate":
-            raise contradiction(name, value, source, there)
-    return params, replace(config, drop_rate=given.get("drop_rate", config.drop_rate))
+            raise contradiction(name, value, args.checkpoint if args.resume else "--weights openai", there)
+    return loaded.params, replace(loaded.config, drop_rate=given.get("drop_rate", loaded.config.drop_rate))
 
 
 def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: Params) -> None:
@@ -463,18 +414,18 @@ def main() -> int:
     """The exit status of `python train.py`."""
     tune_allocator()
     args, settings, loaded, progress = read_arguments()
-    device, window = pick_device(args.device), args.context_length
+    device, window, tokenizer = sample.pick_device(args.device), args.context_length, sample.gpt2_tokenizer()
     processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if settings.batch_size % processes.world_size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over "
                          f"{processes.world_size} processes")
-    tokenizer = gpt2_tokenizer()
     windows = read_windows(settings, window, tokenizer)
     steps_per_epoch = len(windows[0]) // settings.batch_size
     if progress and progress.steps_per_epoch != steps_per_epoch:
         raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
                          f"{steps_per_epoch}")
-
+    if args.weights:
+        loaded = sample.load_model("openai", args)
     generator = torch.Generator().manual_seed(settings.seed)
     params, config = starting_model(args, loaded, generator)
     if config.vocab_size != tokenizer.n_vocab:
@@ -486,7 +437,7 @@ def main() -> int:
         print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
     if not settings.epochs:
         params = cast(params, getattr(torch, settings.dtype), device)
-        losses = evaluate_model(params, *windows, settings.batch_size, config, generator, device=device)
+        losses = evaluate_model(params, *windows, settings.batch_size, config, generator)
         print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
 
@@ -509,12 +460,9 @@ def main() -> int:
     def save(params: Params, opt_state: OptState, progress: Progress) -> None:
         save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
                         progress=progress._asdict(), settings=settings._asdict())
-    progress, stop = train(params, opt_state, config, progress, windows, generator, settings, save, device, processes)
+    progress, stop = train(params, opt_state, config, progress, windows, generator, settings, save, processes)
     if processes.rank == 0 and progress.evaluations:
-        tokens_seen, train_losses, val_losses = zip(*progress.evaluations, strict=True)
-        tokens_per_epoch = steps_per_epoch * settings.batch_size * window
-        epochs_seen = [tokens / tokens_per_epoch for tokens in tokens_seen]
-        plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, args.plot)
+        plot_losses(progress.evaluations, steps_per_epoch * settings.batch_size * window, args.plot)
     if processes.rank == 0 and stop:
         print(f"stopped after step {progress.step - 1}: `python train.py --resume --checkpoint {args.checkpoint}` "
               "goes on", file=sys.stderr)
@@ -522,4 +470,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sample.run(main)

@@ -98,17 +98,18 @@ def save_checkpoint(path: str | Path, params: Params, config: Config, opt_state:
         torch.save(content, file)
 
 
-def load_checkpoint(path: str | Path, n_heads: int | None = None, mmap: bool = False) -> Checkpoint:
+def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
     """The content of a file of ours or of the chapter's: a state_dict, alone or with the optimizer's (section 5.4).
 
     A file of the chapter's does not tell its configuration: it is inferred from the shapes, with n_heads as given or
-    emb_dim / 64. With `mmap` the tensors are read from the disk as they are used. Nothing in the file is ever run.
+    emb_dim / 64. The tensors are mapped: read from the disk when used, copied when written to. Nothing in the file is
+    ever run.
     FileNotFoundError if there is none, ValueError if it is damaged or something else.
     """
     path = Path(path)
     try:
         check_zip(path)
-        content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise
     except Exception:  # whatever a foreign file makes the reader stumble over, it is no checkpoint
@@ -228,7 +229,7 @@ def load_openai(folder: str | Path) -> tuple[Params, Config]:
     converted = folder / "converted.pth"
     source = [[path.stat().st_size, path.stat().st_mtime_ns] for path in (folder / name for name in OPENAI_FILES)]
     with suppress(OSError, ValueError):  # there is none, or it is damaged: make it
-        cached = load_checkpoint(converted, mmap=True)
+        cached = load_checkpoint(converted)
         if cached.run.get("source") == source:
             return cached.params, cached.config
     params, config = read_openai(folder)
