@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not in every build of PyTorch
 
 
 @dataclass(frozen=True)
@@ -189,30 +189,8 @@ def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache)
     return linear(x[:, -1:], params, "out_head")[:, 0], cache._replace(length=cache.length + token_ids.shape[1])
 
 
-# Nearly all the time goes into one operation. What follows computes F.linear by oneDNN, the library for it within
-# PyTorch: on processors where PyTorch's own choice for float32 is another, it takes half the time.
-
-class Linear(torch.autograd.Function):
-    """F.linear and its gradients, by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
-        x, weight, bias = ctx.saved_tensors
-        rows = gradient.reshape(-1, len(weight))
-        return (onednn(gradient, weight.T), onednn(rows.T, x.reshape(-1, x.shape[-1]).T),
-                None if bias is None else rows.sum(0))
-
-
-def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias) without gradients."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
-
+# Nearly all of the time goes into one operation, the product with a weight. What follows is F.linear, computed by a
+# library within PyTorch, oneDNN: on AMD's processors in half the time of what PyTorch itself would choose for float32.
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out).
@@ -222,15 +200,40 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     few = 1 < x.shape[1] < 16 and weight.layout == torch.strided
     if few or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not ONEDNN:
         return F.linear(x, weight, bias)
-    product: Tensor = Linear.apply(x, weight, bias)
+    product: Tensor = (OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear)(x, weight, bias)
     return product
 
 
-def pack(params: Params) -> Params:
-    """The parameters for generation: bfloat16 matrices laid out as oneDNN reads them twice as fast, for one row at a time.
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias), which autograd does not see through."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
-    Only `next_logits` and `forward` understand them. Others are returned as they are: in float32 it would not pay.
+
+class OneDNNLinear(torch.autograd.Function):
+    """`onednn_linear` with its gradients: two products of the same kind and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x_rows, rows = x.flatten(0, 1), gradient.flatten(0, 1)  # (B * T, fan_in), (B * T, fan_out)
+        return (onednn_linear(gradient, weight.T), onednn_linear(rows.T, x_rows.T),
+                rows.sum(0) if ctx.has_bias else None)
+
+
+def pack(params: Params) -> Params:
+    """The parameters with their bfloat16 matrices laid out as oneDNN reads them twice as fast, for `next_logits`.
+
+    Others are as they were: the layout of a float32 matrix costs more time than generation would win by it.
     """
-    return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1)
-            if ONEDNN and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.layout == torch.strided
-            and tensor.ndim == 2 and "_emb." not in name else tensor for name, tensor in params.items()}
+    def packed(name: str, tensor: Tensor) -> bool:
+        matrix = tensor.ndim == 2 and "_emb." not in name and tensor.layout == torch.strided
+        return ONEDNN and matrix and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+    return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1) if packed(name, tensor) else tensor
+            for name, tensor in params.items()}

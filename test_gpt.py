@@ -156,7 +156,7 @@ def test_windows_start_where_the_chapters_do_and_targets_are_one_later(n, length
     windows = train.make_windows(tokens, length)
     assert [int(w[0]) for w in windows] == list(range(0, n - length, length))
     if len(windows):
-        inputs, targets = train.batch_of(windows, np.arange(len(windows)))
+        inputs, targets = train.batch_of(windows, torch.arange(len(windows)))
         assert torch.equal(inputs + 1, targets) and inputs.shape[1] == length
 
 
@@ -373,6 +373,29 @@ def test_matmul_is_a_linear_layer_for_every_number_of_rows(rows, fan_in, fan_out
     for shape in ((1, rows), (rows, 1)):  # one row of tokens, one token in each row
         product = gpt.matmul(x.view(*shape, fan_in), weight, bias)
         torch.testing.assert_close(product.view(rows, fan_out).double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20), st.booleans())
+def test_matmul_has_the_gradients_of_a_linear_layer(batch, tokens, fan_in, fan_out, with_bias):
+    shapes = ((batch, tokens, fan_in), (fan_out, fan_in), (fan_out,))[:3 if with_bias else 2]
+    ours = [torch.randn(shape, generator=seeded(9)).requires_grad_() for shape in shapes]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    upstream = torch.randn(batch, tokens, fan_out, generator=seeded(8))
+    for product, tensors in ((gpt.matmul, ours), (F.linear, theirs)):
+        (product(*tensors) * upstream).sum().backward()
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_parameters_give_the_logits_of_those_they_were_made_from():
+    params = cast(init_params(TINY, seeded()), torch.bfloat16)
+    ids = torch.randint(31, (2, 5), generator=seeded())
+    plain, packed = (gpt.next_logits(each, ids, TINY, gpt.empty_cache(each, 2, 8, TINY))[0]
+                     for each in (params, gpt.pack(params)))
+    torch.testing.assert_close(packed, plain, atol=0.02, rtol=0.02)
+    assert gpt.pack(gpt.pack(params)).keys() == params.keys()
+    single = init_params(TINY, seeded())
+    assert all(gpt.pack(single)[name] is tensor for name, tensor in single.items())
 
 
 # What makes no sense is refused

@@ -77,8 +77,8 @@ def tune_allocator() -> None:
     and cleared anew: a fifth of the step's time.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        mallopt(-4, 0)           # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: the heap never shrinks
+        mallopt(-4, 0)   # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def read_text(paths: Sequence[str | Path]) -> str:
@@ -143,7 +143,7 @@ def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device | str = "cp
 def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, shuffle: bool,
             device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over the windows: inputs and targets (B, T). A shuffled pass drops the last, partial batch (5.1.3)."""
-    for rows in pass_order(len(windows), generator, shuffle).split(batch_size):
+    for rows in torch.split(pass_order(len(windows), generator, shuffle), batch_size):
         if len(rows) == batch_size or not shuffle:
             yield batch_of(windows, rows, device)
 

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -108,7 +109,9 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
     """
     path = Path(path)
     try:
-        check_zip(path)
+        with zipfile.ZipFile(path) as archive:  # torch.load skips the checksums
+            if archive.testzip() is not None:
+                raise ValueError
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise
@@ -124,13 +127,6 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
         return Checkpoint(params, config, optimizer and read_adamw(optimizer, params), run)
     except (AttributeError, IndexError, KeyError, TypeError):
         raise ValueError(f"{path} is not a checkpoint of a GPT model") from None
-
-
-def check_zip(path: Path) -> None:
-    """Nothing; a ValueError or BadZipFile if the file is not what was written: torch.load skips the zip's checksums."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:
-            raise ValueError("a checksum does not match")
 
 
 def infer_config(params: Params, n_heads: int | None = None) -> Config:
@@ -152,43 +148,32 @@ def read_adamw(optimizer: dict[str, Any], params: Params) -> OptState:
 def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = OPENAI_URL) -> Path:
     """The folder models_dir/size, after fetching into it what it lacks of OpenAI's checkpoint (section 5.5).
 
+    What has come is kept in a .partial file, also over several runs: the next attempt goes on where it ended.
     ValueError for a size that does not exist. OSError if a file can't be had, with what to put where by hand.
     """
     if size not in OPENAI_SIZES:
         raise ValueError(f"there is no GPT-2 of size {size}: choose from {', '.join(OPENAI_SIZES)}")
     folder = Path(models_dir) / size
     folder.mkdir(parents=True, exist_ok=True)
-    for name in OPENAI_FILES:
+    for name, pause in product(OPENAI_FILES, (*RETRY_PAUSES, None)):
         url = f"{base_url.rstrip('/')}/{size}/{name}"
         try:
-            download_file(url, folder / name)
+            if not (folder / name).exists():
+                download(url, folder / name)
         except requests.RequestException as error:
-            reason = f"{error.response.status_code} {error.response.reason}" if error.response is not None else \
+            status = error.response.status_code if error.response is not None else 500
+            if pause is not None and (status >= 500 or status in (408, 416, 429)):
+                time.sleep(pause)
+                continue
+            reason = f"{status} {error.response.reason}" if error.response is not None else \
                 str(error) if type(error) is requests.RequestException else "there is no connection, or it broke"
             raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: put "
                           f"{', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
     return folder
 
 
-def download_file(url: str, path: Path) -> None:
-    """Nothing; the file at `path` is there afterwards, whole. requests.RequestException if it can't be had.
-
-    What has come is kept in `path`.partial, also over several runs, and the next attempt goes on where it ended.
-    """
-    for pause in (*RETRY_PAUSES, None):
-        try:
-            if not path.exists():
-                download_once(url, path)
-            return
-        except requests.RequestException as error:
-            status = error.response.status_code if error.response is not None else 500
-            if pause is None or (status < 500 and status not in (408, 416, 429)):
-                raise
-            time.sleep(pause)
-
-
-def download_once(url: str, path: Path) -> None:
-    """Nothing: one attempt of `download_file`."""
+def download(url: str, path: Path) -> None:
+    """Nothing: one attempt to fetch a file, which takes its name when it is whole; else requests.RequestException."""
     partial = Path(f"{path}.partial")
     start = partial.stat().st_size if partial.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -198,21 +183,20 @@ def download_once(url: str, path: Path) -> None:
         response.raise_for_status()
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise requests.RequestException("a web page came in place of the file")
-        if response.status_code != 206:  # the server sends the whole, whatever was asked
-            start = 0
-        length = response.headers.get("Content-Length")
+        start = start if response.status_code == 206 else 0  # else the server sends the whole, whatever was asked
+        length, md5 = response.headers.get("Content-Length"), response.headers.get("Content-MD5")
         total = start + int(length) if length else None
         with open(partial, "ab" if start else "wb") as file, tqdm(
                 desc=path.name, initial=start, total=total, unit="B", unit_scale=True) as bar:
             for chunk in response.iter_content(chunk_size=2**13):  # all that a broken connection can lose
                 file.write(chunk)
                 bar.update(len(chunk))
-    size, md5 = partial.stat().st_size, response.headers.get("Content-MD5")
+    size = partial.stat().st_size
     if total is not None and size < total:
         raise requests.ConnectionError("the connection broke")
     with open(partial, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").digest()
-    if (total is not None and size > total) or (md5 and base64.b64encode(digest).decode() != md5):
+        wrong = md5 and base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode() != md5
+    if wrong or (total is not None and size > total):
         partial.unlink()  # a wrong beginning can't be mended: the next attempt starts anew
         raise requests.RequestException("what came is not what the server announced")
     os.replace(partial, path)
@@ -232,29 +216,30 @@ def load_openai(folder: str | Path) -> tuple[Params, Config]:
         cached = load_checkpoint(converted)
         if cached.run.get("source") == source:
             return cached.params, cached.config
-    params, config = read_openai(folder)
-    with suppress(OSError):  # a folder that can't be written to costs time at the next start, nothing else
-        save_checkpoint(converted, params, config, source=source)
-    return params, config
-
-
-def read_openai(folder: Path) -> tuple[Params, Config]:
-    """Parameters and configuration as `load_openai` returns them, read by tensorflow."""
     try:
         hparams = json.loads((folder / "hparams.json").read_bytes())
         config = Config(vocab_size=hparams["n_vocab"], context_length=hparams["n_ctx"], emb_dim=hparams["n_embd"],
                         n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'hparams.json'} is damaged ({error!r}): delete it to download it again") from None
+    params = check_params(read_openai(folder, config), config, folder)
+    with suppress(OSError):  # a folder that can't be written to costs time at the next start, nothing else
+        save_checkpoint(converted, params, config, source=source)
+    return params, config
+
+
+def read_openai(folder: Path, config: Config) -> Params:
+    """OpenAI's parameters, read by tensorflow and renamed; ValueError as in `load_openai`."""
     try:
         with quiet_stderr():
             import tensorflow as tf
             tf.config.set_visible_devices([], "GPU")
     except ImportError:
         raise ValueError("reading OpenAI's checkpoints takes tensorflow: pip install -r requirements.txt") from None
+    damaged = OPENAI_FILES[1]
     try:
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-        shapes = reader.get_variable_to_shape_map()
+        shapes, damaged = reader.get_variable_to_shape_map(), OPENAI_FILES[2]
 
         def read(variable: str, *shape: int) -> np.ndarray:
             if tuple(shapes.get(variable, ())) != shape:
@@ -262,27 +247,25 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
                                  + (str(tuple(shapes[variable])) if variable in shapes else "missing"))
             array: np.ndarray = reader.get_tensor(variable)
             return array
-
-        params = convert_openai(read, config)
+        if f"model/h{config.n_layers}/ln_1/g" in shapes:
+            raise ValueError(f"{folder / 'model.ckpt'}: has more blocks than n_layer {config.n_layers} of hparams.json")
+        return convert_openai(read, config)
     except (tf.errors.OpError, UnicodeDecodeError, RuntimeError, IndexError) as error:
-        part = OPENAI_FILES[2] if "data-00000" in str(error) or "shapes" in locals() else OPENAI_FILES[1]
-        raise ValueError(f"{folder / part} is damaged: delete it to download it again") from None
-    if f"model/h{config.n_layers}/ln_1/g" in shapes:
-        raise ValueError(f"{folder / 'model.ckpt'}: has more blocks than the n_layer {config.n_layers} of hparams.json")
-    return check_params(params, config, folder), config
+        damaged = OPENAI_FILES[2] if "data-00000" in str(error) else damaged
+        raise ValueError(f"{folder / damaged} is damaged: delete it to download it again") from None
 
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Silence on standard error: tensorflow greets with lines that no setting of its own keeps back."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    kept = os.dup(2)
     try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
 
 
 def convert_openai(read: Callable[..., np.ndarray], config: Config) -> Params:
