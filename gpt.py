@@ -1,7 +1,8 @@
 """GPT-2 as pure functions over a flat dict of parameters.
 
 `forward` embeds the tokens, applies `transformer_block` n_layers times and scores every vocabulary entry as the next
-token. No function here changes what it is given or remembers anything: the same arguments give the same result.
+token. Nothing is remembered between calls: the same arguments, a generator's state among them, give the same result.
+A function writes into what it is given only where its docstring says so. Docstrings begin with what is returned.
 
 Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
 """
@@ -77,23 +78,23 @@ def init_params(config: Config, generator: torch.Generator) -> Params:
         elif name.endswith("emb.weight"):
             params[name] = torch.empty(shape).normal_(generator=generator)
         else:
-            fan_in = shape[-1] if name.endswith("weight") else fan_in  # a bias follows its weight and shares its range
-            params[name] = torch.empty(shape).uniform_(-fan_in**-0.5, fan_in**-0.5, generator=generator)
+            fan_in = shape[-1] if name.endswith("weight") else fan_in  # a bias comes after its weight, with its range
+            params[name] = torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
     return params
 
 
 class Cache(NamedTuple):
     """The keys and values of the tokens read so far, so that the next token needs only its own.
 
-    The buffer has room for more tokens. Growing a cache writes into that room alone: the cache it grew from, with its
-    smaller length, still holds what it held.
+    The buffer has room for more tokens. Growing a cache writes into that room: the cache it grew from still holds what
+    it held, but of two caches grown from the same one only the later is right.
     """
-    keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use
+    keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use; of one layer (2, B, ...)
     length: int
 
 
 def linear(x: Tensor, params: Params, name: str) -> Tensor:
-    """x (..., fan_in) times the transposed weight (fan_out, fan_in), plus the bias if there is one: (..., fan_out)."""
+    """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if it has one: (B, T, fan_out)."""
     return matmul(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
 
 
@@ -112,19 +113,22 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 def attention(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
               past: Cache | None = None) -> Tensor:
-    """Causal multi-head attention over x (B, T, E) and, with `past`, over the tokens that one layer's cache holds."""
+    """Causal multi-head attention over x (B, T, E) and, without dropout, over the tokens in `past`, one layer's cache.
+
+    The keys and values of x are written into the room of `past`.
+    """
     B, T, E = x.shape
     q, k, v = (linear(x, params, f"{name}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
                for part in ("W_query", "W_key", "W_value"))
     if past is not None:
         end = past.length + T
-        past.keys_values[..., past.length:end, :] = torch.stack((k, v))
-        k, v = past.keys_values[..., :end, :]
+        past.keys_values[:, :, :, past.length:end] = torch.stack((k, v))
+        k, v = past.keys_values[:, :, :, :end]  # each (B, H, end, D)
     if generator is None or config.drop_rate == 0:
         context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     else:  # the same by hand, because only here can the dropout draw from our generator
         future = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu_(1)
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).add_(future).softmax(-1)  # (B, H, T, T)
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).add_(future).softmax(-1)  # (B, H, T, T)
         context = dropout(weights, config.drop_rate, generator) @ v
     return linear(context.transpose(1, 2).reshape(B, T, E), params, f"{name}.out_proj")
 
@@ -145,13 +149,15 @@ def transformer_block(x: Tensor, params: Params, name: str, config: Config, gene
 
 def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
                   cache: Cache | None = None) -> Tensor:
-    """What the output head sees: (B, T, E) for token_ids (B, T), which follow the tokens in `cache`, if any."""
+    """What the output head sees: (B, T, E) for token_ids (B, T), or (B, 1) if they follow the tokens in a cache."""
     start = 0 if cache is None else cache.length
     end = start + token_ids.shape[1]
     if end > config.context_length:
         raise ValueError(f"{end} tokens are more than context_length {config.context_length}")
+    if start and end > start + 1:
+        raise ValueError("after the first call a cache takes one token at a time")
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    x = dropout(x, config.drop_rate, generator).to(params["out_head.weight"].dtype)
+    x = dropout(x, config.drop_rate, generator).to(params["out_head.weight"].dtype)  # embeddings may stay float32
     for i in range(config.n_layers):
         past = None if cache is None else Cache(cache.keys_values[i], start)
         x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
@@ -195,9 +201,9 @@ def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache)
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out).
 
-    A few tokens keep PyTorch's own choice: it is as fast there, and the last digits of section 5.1.2 are its rounding.
+    For 2 to 15 tokens PyTorch's own choice is as fast, and the last digits of section 5.1.2 are those of its rounding.
     """
-    few = 1 < x.shape[1] < 16 and weight.layout == torch.strided
+    few = 1 < x.shape[1] < 16 and weight.layout == torch.strided  # what `pack` has made is not strided
     if few or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not ONEDNN:
         return F.linear(x, weight, bias)
     product: Tensor = (OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear)(x, weight, bias)
@@ -206,7 +212,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias), which autograd does not see through."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation after it
     return product
 
 
@@ -234,6 +240,8 @@ def pack(params: Params) -> Params:
     """
     def packed(name: str, tensor: Tensor) -> bool:
         matrix = tensor.ndim == 2 and "_emb." not in name and tensor.layout == torch.strided
-        return ONEDNN and matrix and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+        return matrix and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+    if not ONEDNN or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return params
     return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1) if packed(name, tensor) else tensor
             for name, tensor in params.items()}

@@ -50,7 +50,7 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities (..., V) from logits (..., V): evener the higher the temperature (section 5.3.1).
+    """Probabilities (..., V) from logits (..., V): more even the higher the temperature (section 5.3.1).
 
     Infinite logits are limits: -inf has no chance, and +inf all of it. ValueError unless temperature is above 0.
     """
@@ -59,7 +59,7 @@ def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     limits = torch.finfo(logits.dtype)
     largest = logits.amax(-1, keepdim=True)
     below = (logits - largest).masked_fill(logits == largest, 0)  # inf - inf has no value, but is meant as 0 here
-    return (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
+    return (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)  # neither 0 nor inf in this dtype
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -76,12 +76,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """One index a row (B, 1), drawn with the probabilities (B, V) (section 5.3.1).
 
-    These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time: the first to arrive wins,
-    when the time of each is minus the logarithm of a uniform number from (0, 1], over its probability.
+    These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time: minus the logarithm of a
+    uniform number from (0, 1] is an exponential one, and the entry of the largest probability / exponential wins.
     """
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)
     bits = torch.empty_like(probabilities, dtype=torch.int64).random_(2**53, generator=generator)
-    times = torch.log1p(-bits.double().mul_(2.0**-53)).neg_().clamp_min_(torch.finfo(torch.float32).tiny)
-    return (probabilities / times.to(probabilities.dtype)).argmax(-1, keepdim=True)
+    exponentials = torch.log1p(-bits.double().mul_(2.0**-53)).neg_().clamp_min_(torch.finfo(torch.float32).tiny)
+    return (probabilities / exponentials.to(probabilities.dtype)).argmax(-1, keepdim=True)
 
 
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
@@ -113,7 +115,7 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
     unread = window
     ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
     for _ in range(max_new_tokens):
-        if cache.length == config.context_length:  # the window slides, so every token in it has a new position
+        if cache.length == config.context_length:  # the window slides: its tokens have new positions, read all again
             cache, unread = cache._replace(length=0), window
         logits, cache = next_logits(params, unread, config, cache)
         unread = next_token(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature, top_k, generator)
@@ -169,7 +171,7 @@ def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the computation; float32 is exact, bfloat16 faster (default: %(default)s)")
-    add("--n-heads", type=number(int, 1), help="of the model; a plain state_dict does not tell (default: emb_dim / 64)")
+    add("--n-heads", type=number(int, 1), help="of the model (default: 12; emb_dim / 64 for a plain state_dict)")
 
 
 def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
@@ -186,7 +188,9 @@ def pick_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
-    if not there.get(name.partition(":")[0], False):
+    kind, _, index = name.partition(":")
+    if not there.get(kind) or (index and not (index.isdecimal() and kind == "cuda"
+                                              and int(index) < torch.cuda.device_count())):
         raise ValueError(f"there is no device {name!r} here: choose from {', '.join(k for k in there if there[k])}")
     return torch.device(name)
 
@@ -199,6 +203,7 @@ def cast(params: Params, dtype: torch.dtype, device: torch.device | str = "cpu")
 
 def run(command: Callable[[], int]) -> NoReturn:
     """Exits with the command's status; what the user did wrong, or the disk or network, is one line and status 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed before the start  # noqa: SIM115
     try:
         status = command()
         sys.stdout.flush()

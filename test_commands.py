@@ -199,6 +199,21 @@ def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):
         assert "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.parametrize("closed", ["a pipe", "from the start"])
+def test_training_whose_log_none_can_read_any_more_saves_its_work(tmp_path, closed):
+    arguments = [sys.executable, str(HERE / "train.py"), *SMALL, "--epochs", "200" if closed == "a pipe" else "1"]
+    if closed == "a pipe":
+        with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.close()
+            errors = process.stderr.read().decode()
+        assert process.returncode == 141 and "--resume --checkpoint model.pth` goes on" in errors
+    else:
+        done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments], cwd=tmp_path, capture_output=True)
+        errors = done.stderr.decode()
+        assert done.returncode == 0
+    assert "Traceback" not in errors and load_checkpoint(tmp_path / "model.pth").run["progress"]["step"] >= 1
+
+
 # The README
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -323,6 +338,7 @@ TRAIN_MISTAKES = [
     (["--resume", "--context-length", "32"], "--context-length 32 contradicts"),
     (["--resume", "--batch-size", "3", "--epochs", "9"], "--batch-size 3 contradicts model.pth: 10"),
     (["--resume", "--data", "other.txt", "--epochs", "9"], "made with other data"),
+    (["--device", "cuda:x"], "no device 'cuda:x'"),
     ([*SMALL, "--checkpoint", "absent/model.pth"], "absent/model.pth", "No such file"),
     ([*SMALL, "--checkpoint", "empty.txt/model.pth"], "empty.txt/model.pth", "Not a directory"),
     ([*SMALL, "--checkpoint", "folder"], "folder is a directory"),
@@ -341,7 +357,7 @@ SAMPLE_MISTAKES = [
     (["--weights", "binary.bin"], "not a checkpoint"), (["--weights", "empty.txt"], "not a checkpoint"),
     (["--weights", "folder"], "folder"), (["--weights", "small-vocabulary.pth"], "50257"),
     (["--weights", "openai", "--size", "124m"], "124M, 355M, 774M, 1558M"), (["--dtype", "int8"], "--dtype"),
-    (["--weights", "openai", "--base-url", "ftp://x"], "hparams.json"),
+    (["--weights", "openai", "--base-url", "ftp://x"], "hparams.json"), (["--device", "cpu:x"], "no device 'cpu:x'"),
 ]
 if not torch.cuda.is_available():
     TRAIN_MISTAKES.append((["--device", "cuda"], "no device 'cuda'"))

@@ -505,6 +505,10 @@ def test_tied_weights_are_tied_after_loading(tmp_path):
     weights.save_checkpoint(tmp_path / "a.pth", params, CONFIG)
     loaded = weights.load_checkpoint(tmp_path / "a.pth").params
     assert loaded["out_head.weight"] is loaded["tok_emb.weight"]
+    params["out_head.weight"] = params["tok_emb.weight"].detach()  # as the state_dict of a module has them
+    torch.save(params, tmp_path / "a.pth")
+    loaded = weights.load_checkpoint(tmp_path / "a.pth").params
+    assert loaded["out_head.weight"] is loaded["tok_emb.weight"]
 
 
 def test_200_damaged_checkpoints_are_refused_or_equal(tmp_path):

@@ -1,7 +1,8 @@
 """Pretraining: windows of text, the loss over a set, the training step, the loop. `python train.py --help`
 
 A text becomes tokens (`tokenize`), windows (`make_windows`), batches (`batches`), a loss and new parameters
-(`train_step`), again and again (`train`). Every random number comes from one generator, in the chapter's order.
+(`train_step`), again and again (`train`). On a CPU, every random number of the first process comes from one generator,
+in the chapter's order.
 
 Axes: B batch, T tokens.
 """
@@ -130,7 +131,7 @@ def pass_order(n: int, generator: torch.Generator, shuffle: bool) -> Tensor:
     """The order of one pass over n windows (n,), with the draws of the chapter's DataLoader (section 5.1.3)."""
     def draw_seed() -> int:
         return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    draw_seed()  # for worker processes that aren't there
+    draw_seed()  # DataLoader draws one for its worker processes first, even where it has none
     return torch.randperm(n, generator=torch.Generator().manual_seed(draw_seed())) if shuffle else torch.arange(n)
 
 
@@ -177,13 +178,14 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
                average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
     """New parameters, new optimizer state and the batch's loss, after one step of AdamW (section 5.2).
 
-    inputs and targets are (B, T). The new values are written into the buffers of the old: use only what is returned.
+    inputs and targets are (B, T). The new values are written into the old tensors: use only what is returned.
     The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, in the order of
     the parameters, and returns those to use: with several processes, their mean.
     """
-    names = {id(tensor): name for name, tensor in params.items()}  # tied tensors have several names and get one here
+    # Leaves are what autograd follows, one for each tensor; a tied tensor has several names, and its leaf gets one.
+    names = {id(tensor): name for name, tensor in params.items()}
     leaves = {name: params[name].detach().requires_grad_() for name in names.values()}
-    tracked = {name: leaves[names[id(tensor)]] for name, tensor in params.items()}
+    tracked = {name: leaves[names[id(tensor)]] for name, tensor in params.items()}  # by all names again
     # Embeddings need no cast: a lookup reads a few rows of a table, a cast would copy all of it.
     computed = {name: leaf if "_emb." in name else leaf.to(dtype) for name, leaf in tracked.items()}
     loss = calc_loss(computed, inputs, targets, config, generator)
@@ -191,7 +193,7 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     if average is not None:
         gradients = average(gradients)
     first, second = ([opt_state[key][name] for name in leaves] for key in ("exp_avg", "exp_avg_sq"))
-    with torch.no_grad():
+    with torch.no_grad():  # adamw counts the steps up in place, one count for each tensor
         adamw(list(leaves.values()), gradients, first, second, [], [opt_state["step"].clone() for _ in leaves],
               fused=True, amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
               weight_decay=weight_decay)
@@ -215,7 +217,7 @@ def average(gradients: list[Tensor]) -> list[Tensor]:
 
 def dropout_generator(generator: torch.Generator, step: int, device: torch.device,
                       processes: Processes) -> torch.Generator:
-    """The stream of a step's dropout: the run's own, as in the chapter, where that can be; elsewhere one a step."""
+    """What a step's dropout draws from: on a CPU, in process 0, the run's own; anywhere else a new one each step."""
     if device.type == "cpu" and processes.rank == 0:
         return generator
     seed = np.random.SeedSequence((generator.initial_seed(), step, processes.rank)).generate_state(1)
@@ -259,12 +261,13 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
           processes: Processes = Processes()) -> tuple[Progress, int]:  # noqa: B008
     """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
 
-    Process 0 alone evaluates, prints and calls `save`: at the end, when interrupted, and every `save_every` steps.
+    The trained parameters go to `save`: at the end, when interrupted, and every `save_every` steps. Process 0 alone
+    calls it, evaluates and prints.
     """
     tokenizer, dtype, leader = sample.gpt2_tokenizer(), getattr(torch, settings.dtype), processes.rank == 0
     device, several = params["tok_emb.weight"].device, processes.world_size > 1
 
-    def leaders(value: Tensor) -> Tensor:  # what process 0 brings; the others bring zeros, or a signal of their own
+    def shared(value: Tensor) -> Tensor:  # the largest that a process brings, where 0 is to bring nothing
         return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if several else value
     rows = settings.batch_size // processes.world_size  # of each batch, those of this process
     total, batch_tokens = settings.epochs * progress.steps_per_epoch, settings.batch_size * progress.window
@@ -275,7 +278,7 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
             epoch, index = divmod(step, progress.steps_per_epoch)
             if index == 0 or order is None:
                 n = len(windows[0])
-                order = leaders(pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64))
+                order = shared(pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64))
             start = index * settings.batch_size + processes.rank * rows
             inputs, targets = batch_of(windows[0], order[start:start + rows], device)
             params, opt_state, _ = train_step(
@@ -287,25 +290,28 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
                                         settings.eval_iter)
                 evaluation = ((step + 1) * batch_tokens, *losses)
                 progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
-                log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}")
+                log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}", signals)
             if leader and index == progress.steps_per_epoch - 1:
                 prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
                 text = token_ids_to_text(generate(cast(params, dtype, device), prompt, config, 50), tokenizer)
-                log(text.replace("\n", " "))
-            stop = int(leaders(torch.tensor(signals[0] if signals else 0)))
+                log(text.replace("\n", " "), signals)
+            stop = int(shared(torch.tensor(signals[0] if signals else 0)))
             progress = progress._replace(step=step + 1, order=order, generator=generator.get_state())
             saving = settings.save_every and (step + 1) % settings.save_every == 0
             if leader and (stop or saving or step + 1 == total):
                 save(params, opt_state, progress)
             if stop:
                 break
-    return progress, stop
+    return progress, stop if progress.step < total else 0
 
 
-def log(line: str) -> None:
-    """Nothing: prints the line to standard output, clear of the progress bar on standard error."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+def log(line: str, signals: list[int]) -> None:
+    """Nothing: prints the line to standard output, clear of the bar on standard error; a failure adds a SIGPIPE."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:  # the reader has gone, or the disk is full: a reason to save and stop, not to lose the run
+        signals.append(signal.SIGPIPE)
 
 
 def build_parser() -> sample.Parser:
@@ -326,14 +332,14 @@ def build_parser() -> sample.Parser:
     add("start_context", str, "what the samples continue")
     add("save_every", number(int, 0), "steps between saves; 0: at the end and when interrupted")
     parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
-    parser.add_argument("--plot", default="loss.png", help="where the losses are drawn: .png, .pdf or .svg")
+    parser.add_argument("--plot", default="loss.png", help="the picture: .png, .pdf or .svg (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
     sample.add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
     for field in fields(Config):
         flag, default = f"--{field.name.replace('_', '-')}", f"(default: {getattr(GPT_CONFIG_124M, field.name)})"
         if field.name == "qkv_bias":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"of query, key and value {default}")
-        elif field.name != "n_heads":
+        elif field.name != "n_heads":  # which sample.py has, too
             kind = number(float, 0, 1) if field.name == "drop_rate" else number(int, 1)
             parser.add_argument(flag, type=kind, help=f"of the model {default}")
     parser.set_defaults(context_length=GPT_CONFIG_124M.context_length)
@@ -365,9 +371,10 @@ def read_arguments() -> tuple[argparse.Namespace, Settings, Checkpoint | None, P
             window = progress.window
         parser.set_defaults(context_length=window)
         args = parser.parse_args()
-        for name, there in (("context_length", window), ("batch_size", kept.batch_size)) if progress else ():
-            if getattr(args, name) != there:
-                raise contradiction(name, getattr(args, name), args.checkpoint, there)
+        if progress and args.context_length != window:
+            raise contradiction("context_length", args.context_length, args.checkpoint, window)
+        if progress and args.batch_size != kept.batch_size:
+            raise contradiction("batch_size", args.batch_size, args.checkpoint, kept.batch_size)
     if not args.start_context:
         raise ValueError("--start-context is empty: give the samples something to continue")
     return args, Settings(*(getattr(args, name) for name in Settings._fields)), loaded, progress
@@ -393,8 +400,9 @@ def starting_model(args: argparse.Namespace, loaded: Checkpoint | None,
 
 def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: Params) -> None:
     """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
-    if len({path.resolve() for path in (checkpoint, plot, *map(Path, inputs))}) < 2 + len(inputs):
-        raise ValueError("--data, --checkpoint and --plot must all be different files")
+    outputs = {checkpoint.resolve(), plot.resolve()}
+    if len(outputs) < 2 or outputs & {Path(path).resolve() for path in inputs}:
+        raise ValueError("--checkpoint and --plot must be different files, and none of --data")
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
     if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
@@ -402,8 +410,11 @@ def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: P
     for path in (checkpoint, plot):
         if path.is_dir():
             raise ValueError(f"{path} is a directory, not a file to write")
-        with open(f"{path}.partial", "wb"):
-            os.remove(f"{path}.partial")
+        try:
+            with open(f"{path}.partial", "wb"):
+                os.remove(f"{path}.partial")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
     needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
     free = shutil.disk_usage(checkpoint.resolve().parent).free
     if free < needed:
@@ -419,13 +430,22 @@ def main() -> int:
     if settings.batch_size % processes.world_size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over "
                          f"{processes.world_size} processes")
+    if device.type == "cuda" and processes.world_size > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     windows = read_windows(settings, window, tokenizer)
     steps_per_epoch = len(windows[0]) // settings.batch_size
-    if progress and progress.steps_per_epoch != steps_per_epoch:
+    if progress and (progress.steps_per_epoch != steps_per_epoch
+                     or (progress.order is not None and len(progress.order) != len(windows[0]))):
         raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
                          f"{steps_per_epoch}")
+    if processes.world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.weights:
+        if processes.rank > 0:
+            dist.barrier()  # process 0 downloads, the others find what it has brought
         loaded = sample.load_model("openai", args)
+        if processes.world_size > 1 and processes.rank == 0:
+            dist.barrier()
     generator = torch.Generator().manual_seed(settings.seed)
     params, config = starting_model(args, loaded, generator)
     if config.vocab_size != tokenizer.n_vocab:
@@ -438,11 +458,12 @@ def main() -> int:
     if not settings.epochs:
         params = cast(params, getattr(torch, settings.dtype), device)
         losses = evaluate_model(params, *windows, settings.batch_size, config, generator)
-        print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
+        if processes.rank == 0:
+            print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
 
     params = cast(params, torch.float32, device)
-    opt_state = loaded.opt_state if loaded and loaded.opt_state else init_optimizer(params)
+    opt_state = (loaded and loaded.opt_state) or init_optimizer(params)
     opt_state = {"step": opt_state["step"].to(device),
                  **{key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}}
     progress = progress or Progress(window, steps_per_epoch, step=int(opt_state["step"]))
@@ -451,21 +472,20 @@ def main() -> int:
         return 0
     if processes.rank == 0:
         check_outputs(Path(args.checkpoint), Path(args.plot), settings.data, params)
-        if not args.resume and os.path.exists(args.checkpoint):
-            os.replace(args.checkpoint, f"{args.checkpoint}.old")
-            print(f"{args.checkpoint} was there: now it is {args.checkpoint}.old", file=sys.stderr)
-    if processes.world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    found = [] if args.resume or not os.path.exists(args.checkpoint) else [args.checkpoint]  # not ours: it is kept
 
     def save(params: Params, opt_state: OptState, progress: Progress) -> None:
+        while found:
+            os.replace(found.pop(), f"{args.checkpoint}.old")
+            print(f"{args.checkpoint} was there: now it is {args.checkpoint}.old", file=sys.stderr)
         save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
                         progress=progress._asdict(), settings=settings._asdict())
     progress, stop = train(params, opt_state, config, progress, windows, generator, settings, save, processes)
     if processes.rank == 0 and progress.evaluations:
         plot_losses(progress.evaluations, steps_per_epoch * settings.batch_size * window, args.plot)
     if processes.rank == 0 and stop:
-        print(f"stopped after step {progress.step - 1}: `python train.py --resume --checkpoint {args.checkpoint}` "
-              "goes on", file=sys.stderr)
+        paths = f"--checkpoint {args.checkpoint}" + (f" --plot {args.plot}" if args.plot != "loss.png" else "")
+        print(f"stopped after step {progress.step - 1}: `python train.py --resume {paths}` goes on", file=sys.stderr)
     return 128 + stop if stop else 0
 
 

@@ -1,7 +1,6 @@
 """Parameters in and out of files: our checkpoints, the chapter's, and the GPT-2 weights that OpenAI published.
 
-Every function here reads or writes files, as its name says. What is read is checked before it is returned, and a file
-takes its name only when it is whole.
+What is read is checked before it is returned, and a file takes its name only when it is whole.
 """
 import base64
 import hashlib
@@ -12,7 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -60,7 +58,8 @@ def check_params(params: Params, config: Config, source: Path) -> Params:
             assign(torch.empty(shape, device="meta"), params[name])
         except ValueError as error:
             raise ValueError(f"{source}: {name}: {error}") from None
-    return {name: params[name] for name in shapes}
+    tensors: dict[tuple[int, torch.Size], Tensor] = {}  # two tensors in the same memory are one: weights are tied
+    return {name: tensors.setdefault((params[name].data_ptr(), params[name].shape), params[name]) for name in shapes}
 
 
 @contextmanager
@@ -90,7 +89,7 @@ def save_checkpoint(path: str | Path, params: Params, config: Config, opt_state:
     content = {"model_state_dict": params, "config": asdict(config), "run": run}
     if opt_state is not None:
         moments = zip(opt_state["exp_avg"].values(), opt_state["exp_avg_sq"].values(), strict=True)
-        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay).state_dict()
+        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay).state_dict()  # its options
         optimizer["param_groups"][0]["params"] = list(range(len(params)))
         optimizer["state"] = {i: {"step": opt_state["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
                               for i, (first, second) in enumerate(moments)}
@@ -138,7 +137,7 @@ def infer_config(params: Params, n_heads: int | None = None) -> Config:
 
 
 def read_adamw(optimizer: dict[str, Any], params: Params) -> OptState:
-    """The state of a torch.optim.AdamW, which numbers the parameters in their order, as ours, which names them."""
+    """The optimizer state by the parameters' names; torch.optim.AdamW keeps it by their number, in the same order."""
     states = [optimizer["state"][i] for i in range(len(params))]
     moments = {key: {name: assign(params[name], state[key]) for name, state in zip(params, states, strict=True)}
                for key in ("exp_avg", "exp_avg_sq")}
@@ -155,20 +154,23 @@ def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = 
         raise ValueError(f"there is no GPT-2 of size {size}: choose from {', '.join(OPENAI_SIZES)}")
     folder = Path(models_dir) / size
     folder.mkdir(parents=True, exist_ok=True)
-    for name, pause in product(OPENAI_FILES, (*RETRY_PAUSES, None)):
-        url = f"{base_url.rstrip('/')}/{size}/{name}"
-        try:
-            if not (folder / name).exists():
+    for name in OPENAI_FILES:
+        url, pauses = f"{base_url.rstrip('/')}/{size}/{name}", iter(RETRY_PAUSES)
+        while not (folder / name).exists():
+            try:
                 download(url, folder / name)
-        except requests.RequestException as error:
-            status = error.response.status_code if error.response is not None else 500
-            if pause is not None and (status >= 500 or status in (408, 416, 429)):
-                time.sleep(pause)
-                continue
-            reason = f"{status} {error.response.reason}" if error.response is not None else \
-                str(error) if type(error) is requests.RequestException else "there is no connection, or it broke"
-            raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: put "
-                          f"{', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
+            except requests.RequestException as error:
+                reason = "there is no connection, or it broke"
+                if error.response is not None:
+                    reason = f"{error.response.status_code} {error.response.reason}"
+                elif type(error) is requests.RequestException:  # our own, below
+                    reason = str(error)
+                final = error.response is not None and error.response.status_code in (400, 401, 403, 404, 410)
+                if not final and (pause := next(pauses, None)) is not None:
+                    time.sleep(pause)
+                    continue
+                raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: put "
+                              f"{', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
     return folder
 
 

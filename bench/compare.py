@@ -6,6 +6,8 @@
     growth   the 900th new token beside the 100th
     prompt   a prompt of 1000 tokens and the token after it
     start    `python sample.py` until its first token, beside `import torch` and reading the file
+    split    a step of 8 x 256 tokens by two processes with a core each, beside one process with both
+    corpus   reading and tokenizing a text of 100 MB, and the process's peak memory
     run      the whole of section 5.2, from the start of the process to its end, and its peak memory
 
 The peers come from the package registry:
@@ -41,6 +43,8 @@ CONTESTANTS = {
     "growth": ["ours-100th", "ours-900th"],
     "prompt": ["ours-fp32", "hf-fp32"],
     "start": ["ours-sample", "import-and-read"],
+    "split": ["ours-one", "ours-two"],
+    "corpus": ["ours"],
     "run": ["ours-fp32", "ours-bf16", "book"],
 }
 Work = Callable[..., object]
@@ -219,6 +223,37 @@ def start(name: str) -> float:
             process.kill()
         return seconds
     return statistics.median([until_first_token() for _ in range(4)][1:])
+
+
+def split(name: str) -> float:
+    """Seconds for a training step of 8 x 256 tokens: what five more epochs of two steps each take, a tenth of it."""
+    launcher, threads = (["-m", "torch.distributed.run", "--nproc-per-node", "2"], "1") if "two" in name else ([], "2")
+
+    def epochs(n: int) -> float:
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(ROOT / "the-verdict.txt"),
+                            "--batch-size", "8", "--eval-freq", "1000", "--epochs", str(n)], cwd=folder, check=True,
+                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        return time.perf_counter() - begin
+    one, six = epochs(1), epochs(6)
+    return (six - one) / 10
+
+
+def corpus(_name: str) -> tuple[float, float]:
+    """Seconds from a text of 100 MB in a file to its windows, and the process's peak memory in GB."""
+    import random
+
+    import train
+    story = (ROOT / "the-verdict.txt").read_text(encoding="utf-8").split(" ")
+    draw = random.Random(0)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+        while file.tell() < 10**8:
+            file.write(" ".join(draw.choices(story, k=10**5)) + "\n")
+        file.flush()
+        begin = time.perf_counter()
+        train.read_windows(train.Settings(data=[file.name]), 256, train.sample.gpt2_tokenizer())
+        return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def run(name: str) -> tuple[float, float]:
