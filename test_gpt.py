@@ -325,6 +325,13 @@ def test_growing_a_cache_leaves_what_it_held_as_it_was():
     assert torch.equal(held, cache.keys_values[..., :4, :])
 
 
+def test_after_the_first_call_a_cache_takes_one_token_at_a_time():
+    params, ids = init_params(TINY, seeded()), torch.randint(31, (2, 6), generator=seeded())
+    _, cache = gpt.next_logits(params, ids[:, :4], TINY, gpt.empty_cache(params, 2, 8, TINY))
+    with pytest.raises(ValueError, match="one token at a time"):
+        gpt.next_logits(params, ids[:, 4:], TINY, cache)
+
+
 def test_dropout_happens_exactly_when_a_generator_is_passed():
     params, ids = init_params(TINY, seeded()), torch.randint(31, (2, 12), generator=seeded())
     plain = forward(params, ids, TINY)

@@ -296,10 +296,10 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
                 text = token_ids_to_text(generate(cast(params, dtype, device), prompt, config, 50), tokenizer)
                 log(text.replace("\n", " "), signals)
             stop = int(shared(torch.tensor(signals[0] if signals else 0)))
-            progress = progress._replace(step=step + 1, order=order, generator=generator.get_state())
+            progress = progress._replace(step=step + 1, order=order)
             saving = settings.save_every and (step + 1) % settings.save_every == 0
             if leader and (stop or saving or step + 1 == total):
-                save(params, opt_state, progress)
+                save(params, opt_state, progress._replace(generator=generator.get_state()))
             if stop:
                 break
     return progress, stop if progress.step < total else 0
