@@ -7,7 +7,7 @@ A function writes into what it is given only where its docstring says so. Docstr
 Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
 """
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -203,34 +203,13 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     For 2 to 15 tokens PyTorch's own choice is as fast, and the last digits of section 5.1.2 are those of its rounding.
     """
-    few = 1 < x.shape[1] < 16 and weight.layout == torch.strided  # what `pack` has made is not strided
-    if few or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not ONEDNN:
-        return F.linear(x, weight, bias)
-    product: Tensor = (OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear)(x, weight, bias)
-    return product
-
-
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias), which autograd does not see through."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation after it
-    return product
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """`onednn_linear` with its gradients: two products of the same kind and a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return onednn_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        x_rows, rows = x.flatten(0, 1), gradient.flatten(0, 1)  # (B * T, fan_in), (B * T, fan_out)
-        return (onednn_linear(gradient, weight.T), onednn_linear(rows.T, x_rows.T),
-                rows.sum(0) if ctx.has_bias else None)
+    better = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not 1 < x.shape[1] < 16
+    if weight.is_mkldnn or (better and not torch.is_grad_enabled()):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation after it
+        return product
+    if better:  # the form that autograd sees through
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+    return F.linear(x, weight, bias)
 
 
 def pack(params: Params) -> Params:
@@ -238,10 +217,8 @@ def pack(params: Params) -> Params:
 
     Others are as they were: the layout of a float32 matrix costs more time than generation would win by it.
     """
-    def packed(name: str, tensor: Tensor) -> bool:
-        matrix = tensor.ndim == 2 and "_emb." not in name and tensor.layout == torch.strided
-        return matrix and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
     if not ONEDNN or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return params
-    return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1) if packed(name, tensor) else tensor
-            for name, tensor in params.items()}
+    return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1)
+            if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.ndim == 2
+            and "_emb." not in name and not tensor.is_mkldnn else tensor for name, tensor in params.items()}

@@ -167,10 +167,10 @@ def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -
     add("--size", default="124M", help=f"OpenAI's model: {', '.join(OPENAI_SIZES)} (default: %(default)s)")
     add("--models-dir", default="gpt2", help="where OpenAI's models are kept (default: %(default)s)")
     add("--base-url", default=OPENAI_URL, help="where OpenAI's models are downloaded from (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**63), default=123, help="of every random draw (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63), default=123, help="of every random draw (default: 123)")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation; float32 is exact, bfloat16 faster (default: %(default)s)")
+        help="of the computation; float32 is exact, bfloat16 faster (default: float32)")
     add("--n-heads", type=number(int, 1), help="of the model (default: 12; emb_dim / 64 for a plain state_dict)")
 
 
@@ -185,19 +185,17 @@ def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
 
 def pick_device(name: str) -> torch.device:
     """The device of that name, or for `auto` the best one here; ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
-    kind, _, index = name.partition(":")
-    if not there.get(kind) or (index and not (index.isdecimal() and kind == "cuda"
-                                              and int(index) < torch.cuda.device_count())):
-        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(k for k in there if there[k])}")
-    return torch.device(name)
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind, available in kinds.items() if available]
+    choices = [*there, *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in ("auto", *choices):
+        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(choices)}")
+    return torch.device(there[0] if name == "auto" else name)
 
 
-def cast(params: Params, dtype: torch.dtype, device: torch.device | str = "cpu") -> Params:
+def cast(params: Params, dtype: torch.dtype, device: torch.device | None = None) -> Params:
     """The parameters in another type or place; tied ones stay tied. Those already there are returned as they are."""
-    moved = {id(tensor): tensor.to(device, dtype) for tensor in params.values()}
+    moved = {id(tensor): tensor.to(device=device, dtype=dtype) for tensor in params.values()}
     return {name: moved[id(tensor)] for name, tensor in params.items()}
 
 

@@ -129,6 +129,16 @@ def test_a_fresh_run_keeps_the_checkpoint_that_it_finds(command):
     assert Path("model.pth.old").read_bytes() == found != Path("model.pth").read_bytes()
 
 
+def test_a_run_goes_on_with_its_own_text_alone(command):
+    story = Path(DATA[1]).read_text(encoding="utf-8")
+    Path("a.txt").write_text(story, encoding="utf-8")
+    Path("b.txt").write_text(story.replace("Jack", "John"), encoding="utf-8")  # as many tokens
+    command("train.py", *SMALL, "--data", "a.txt", "--epochs", "1")
+    status, _, errors = command("train.py", "--resume", "--data", "b.txt", "--epochs", "2")
+    assert status == 2 and "model.pth was made with other data than b.txt" in errors
+    assert command("train.py", "--resume", "--epochs", "2")[0] == 0
+
+
 def test_sampling_needs_nothing_but_the_checkpoint(command):
     command("train.py", *SMALL, "--epochs", "1")
     status, output, errors = command("sample.py", "--prompt", "Hello <|endoftext|> 你", "--max-new-tokens", "70",
@@ -260,7 +270,7 @@ def test_two_processes_train_as_one_does(command, tmp_path):
 def test_each_process_and_step_has_masks_of_its_own():
     def first_draw(step, rank, seed=1):
         generator = train.dropout_generator(
-            torch.Generator().manual_seed(seed), step, torch.device("cpu"), train.Processes(rank, 4))
+            torch.Generator().manual_seed(seed), step, torch.device("cpu"), rank)
         return torch.rand((), generator=generator).item()
     draws = [first_draw(step, rank, seed) for step in range(20) for rank in (1, 2, 3) for seed in (1, 2)]
     assert len({*draws, first_draw(0, rank=0)}) == len(draws) + 1  # rank 0 goes on with the run's own stream
@@ -295,6 +305,7 @@ def test_a_killed_process_ends_the_others_and_one_process_goes_on(command, tmp_p
 
 def test_a_batch_that_cannot_be_split_is_refused(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda _: None)
     status, _, errors = command("train.py", *SMALL)
     assert status == 2 and "--batch-size 10 can't be split evenly over 3 processes" in errors
 
@@ -334,7 +345,7 @@ TRAIN_MISTAKES = [
     (["--resume", "--checkpoint", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
     (["--resume", "--checkpoint", "binary.bin"], "binary.bin", "not a checkpoint"),
     (["--resume", "--emb-dim", "16"], "--emb-dim 16 contradicts model.pth: 8"),
-    (["--resume", "--n-heads", "4"], "--n-heads 4 contradicts"), (["--resume", "--qkv-bias"], "--qkv-bias"),
+    (["--resume", "--n-heads", "4"], "model.pth", "2 heads, not 4"), (["--resume", "--qkv-bias"], "--qkv-bias"),
     (["--resume", "--context-length", "32"], "--context-length 32 contradicts"),
     (["--resume", "--batch-size", "3", "--epochs", "9"], "--batch-size 3 contradicts model.pth: 10"),
     (["--resume", "--data", "other.txt", "--epochs", "9"], "made with other data"),
@@ -353,6 +364,7 @@ SAMPLE_MISTAKES = [
     (["--temperature", "nan"], "--temperature"),
     (["--temperature", "inf"], "--temperature"), (["--max-new-tokens", "-1"], "--max-new-tokens"),
     (["--max-new-tokens", "many"], "many"), (["--seed", "1.5"], "--seed"), (["--device", "tpu"], "no device 'tpu'"),
+    (["--n-heads", "4"], "model.pth", "2 heads, not 4"),
     (["--weights", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
     (["--weights", "binary.bin"], "not a checkpoint"), (["--weights", "empty.txt"], "not a checkpoint"),
     (["--weights", "folder"], "folder"), (["--weights", "small-vocabulary.pth"], "50257"),
@@ -375,10 +387,9 @@ def litter(tmp_path_factory):
         (folder / name).write_bytes(content)
     config = train.Config(50257, 16, 8, 2, 1, 0.1, False)
     params = train.init_params(config, torch.Generator())
-    progress = train.Progress(16, 6, generator=torch.Generator().get_state())._asdict()
-    chosen = vars(train.build_parser().parse_args([*SMALL, "--epochs", "1"]))
-    save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params), progress=progress,
-                    settings={key: chosen[key] for key in train.Settings._fields})
+    settings = train.Settings([DATA[1]], train_ratio=0.2, epochs=1, batch_size=10, eval_iter=1, context_length=16)
+    save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params),
+                    progress=train.Progress("a hash")._asdict(), settings=settings._asdict())
     tiny = train.Config(100, 64, 8, 2, 1, 0.1, False)
     save_checkpoint(folder / "small-vocabulary.pth", train.init_params(tiny, torch.Generator()), tiny)
     return folder

@@ -307,7 +307,7 @@ def test_both_command_lines_start_from_what_openai_published(tmp_path, monkeypat
         server.http.server_close()
     assert log.startswith("Ep 1 (Step 000000)") and len(server.requests) == 3
     params, config, _, run = weights.load_checkpoint("model.pth")
-    assert (config.context_length, config.drop_rate, run["progress"]["window"]) == (300, 0.1, 256)
+    assert (config.context_length, config.drop_rate, run["settings"]["context_length"]) == (300, 0.1, 256)
     assert params["out_head.weight"] is params["tok_emb.weight"]
 
 
@@ -572,9 +572,9 @@ def test_a_file_with_something_else_in_it_is_refused(tmp_path, content):
 def test_missing_unknown_and_misshapen_parameters_are_refused_by_name(tmp_path):
     params, _ = trained()
     name = "trf_blocks.1.ff.layers.0.weight"
-    for changed, word in (({k: v for k, v in params.items() if k != name}, "missing"),
-                          (params | {name: torch.zeros(2, 2)}, "(64, 16) is needed, (2, 2)"),
-                          (params | {name: [1]}, "missing"), (params | {"more": torch.zeros(1)}, "more")):
+    for changed, word in (({k: v for k, v in params.items() if k != name}, "absent"),
+                          (params | {name: torch.zeros(2, 2)}, "has to be (64, 16), but is (2, 2)"),
+                          (params | {name: [1]}, "absent"), (params | {"more": torch.zeros(1)}, "more")):
         torch.save(changed, tmp_path / "a.pth")
         refused(lambda: weights.load_checkpoint(tmp_path / "a.pth"), word, error=ValueError)
 

@@ -8,6 +8,7 @@ Axes: B batch, T tokens.
 """
 import argparse
 import ctypes
+import hashlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -53,22 +54,16 @@ class Settings(NamedTuple):
     start_context: str = "Every effort moves you"
     save_every: int = 0
     dtype: str = "float32"
+    context_length: int = 256  # tokens in a window
 
 
 class Progress(NamedTuple):
     """How far a run is: with parameters, optimizer state and configuration, all that the rest of it depends on."""
-    window: int                      # tokens in a window
-    steps_per_epoch: int
+    data: str                        # the hash of its windows
     step: int = 0                    # steps done
     order: Tensor | None = None      # of the windows in this epoch
     generator: Tensor | None = None  # its state
     evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
-
-
-class Processes(NamedTuple):
-    """This process among those that train together: one, unless torchrun started several."""
-    rank: int = 0
-    world_size: int = 1
 
 
 def tune_allocator() -> None:
@@ -115,9 +110,9 @@ def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
 
 
-def read_windows(settings: Settings, length: int, tokenizer: tiktoken.Encoding) -> Windows:
+def read_windows(settings: Settings, tokenizer: tiktoken.Encoding) -> Windows:
     """The windows of the training and the validation part of the text; ValueError if they are too few (5.1.3)."""
-    text = read_text(settings.data)
+    text, length = read_text(settings.data), settings.context_length
     split = int(settings.train_ratio * len(text))
     train, val = (make_windows(tokenize(part, tokenizer), length) for part in (text[:split], text[split:]))
     for part, windows, needed in (("training", train, settings.batch_size), ("validation", val, 1)):
@@ -215,12 +210,11 @@ def average(gradients: list[Tensor]) -> list[Tensor]:
     return [gradient.div_(dist.get_world_size()) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
 
 
-def dropout_generator(generator: torch.Generator, step: int, device: torch.device,
-                      processes: Processes) -> torch.Generator:
+def dropout_generator(generator: torch.Generator, step: int, device: torch.device, rank: int) -> torch.Generator:
     """What a step's dropout draws from: on a CPU, in process 0, the run's own; anywhere else a new one each step."""
-    if device.type == "cpu" and processes.rank == 0:
+    if device.type == "cpu" and rank == 0:
         return generator
-    seed = np.random.SeedSequence((generator.initial_seed(), step, processes.rank)).generate_state(1)
+    seed = np.random.SeedSequence((generator.initial_seed(), step, rank)).generate_state(1)
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 
@@ -257,43 +251,43 @@ def catch_signals() -> list[int]:
 
 
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
-          generator: torch.Generator, settings: Settings, save: Callable[[Params, OptState, Progress], None],
-          processes: Processes = Processes()) -> tuple[Progress, int]:  # noqa: B008
+          tokenizer: tiktoken.Encoding, generator: torch.Generator, settings: Settings, rank: int, world_size: int,
+          save: Callable[[Params, OptState, Progress], None]) -> tuple[Progress, int]:
     """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
 
-    The trained parameters go to `save`: at the end, when interrupted, and every `save_every` steps. Process 0 alone
-    calls it, evaluates and prints.
+    The trained parameters go to `save`: at the end, when interrupted, and every `save_every` steps. This is process
+    `rank` of `world_size`, each of which takes its part of every batch; process 0 alone saves, evaluates and prints.
     """
-    tokenizer, dtype, leader = sample.gpt2_tokenizer(), getattr(torch, settings.dtype), processes.rank == 0
-    device, several = params["tok_emb.weight"].device, processes.world_size > 1
+    device, dtype, leader = params["tok_emb.weight"].device, getattr(torch, settings.dtype), rank == 0
 
     def shared(value: Tensor) -> Tensor:  # the largest that a process brings, where 0 is to bring nothing
-        return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if several else value
-    rows = settings.batch_size // processes.world_size  # of each batch, those of this process
-    total, batch_tokens = settings.epochs * progress.steps_per_epoch, settings.batch_size * progress.window
+        return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if world_size > 1 else value
+    steps_per_epoch, rows = len(windows[0]) // settings.batch_size, settings.batch_size // world_size
+    total, batch_tokens = settings.epochs * steps_per_epoch, settings.batch_size * settings.context_length
     order, signals, stop = progress.order, catch_signals(), 0
     with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
               unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
-            epoch, index = divmod(step, progress.steps_per_epoch)
+            epoch, index = divmod(step, steps_per_epoch)
             if index == 0 or order is None:
                 n = len(windows[0])
                 order = shared(pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64))
-            start = index * settings.batch_size + processes.rank * rows
+            start = index * settings.batch_size + rank * rows
             inputs, targets = batch_of(windows[0], order[start:start + rows], device)
             params, opt_state, _ = train_step(
-                params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, processes),
-                lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype, average=average if several else None)
+                params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, rank),
+                lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
+                average=average if world_size > 1 else None)
             bar.update(batch_tokens)
             if leader and step % settings.eval_freq == 0:
-                losses = evaluate_model(cast(params, dtype, device), *windows, settings.batch_size, config, generator,
+                losses = evaluate_model(cast(params, dtype), *windows, settings.batch_size, config, generator,
                                         settings.eval_iter)
                 evaluation = ((step + 1) * batch_tokens, *losses)
                 progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
                 log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}", signals)
-            if leader and index == progress.steps_per_epoch - 1:
+            if leader and index == steps_per_epoch - 1:
                 prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
-                text = token_ids_to_text(generate(cast(params, dtype, device), prompt, config, 50), tokenizer)
+                text = token_ids_to_text(generate(cast(params, dtype), prompt, config, 50), tokenizer)
                 log(text.replace("\n", " "), signals)
             stop = int(shared(torch.tensor(signals[0] if signals else 0)))
             progress = progress._replace(step=step + 1, order=order)
@@ -315,13 +309,13 @@ def log(line: str, signals: list[int]) -> None:
 
 
 def build_parser() -> sample.Parser:
-    """The parser of this command line."""
-    parser = sample.Parser(description="Train a GPT-2 model on a text, as the chapter does.")
+    """The parser of this command line; an option that is not given is None where the default may come from a file."""
+    parser, defaults = sample.Parser(description="Train a GPT-2 model on a text, as the chapter does."), Settings()
 
-    def add(name: str, parse: Callable[[str], Any], meaning: str, **options: Any) -> None:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=Settings._field_defaults[name],
-                            help=f"{meaning} (default: %(default)s)", **options)
-    add("data", str, "UTF-8 text files", nargs="+")
+    def add(name: str, parse: Callable[[str], Any], meaning: str, default: Any = None) -> None:
+        default = default or getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, help=f"{meaning} (default: {default})")
+    parser.add_argument("--data", nargs="+", help=f"UTF-8 text files (default: {' '.join(defaults.data)})")
     add("train_ratio", number(float, 0, 1, above=True), "the part of the text to train on")
     add("epochs", number(int, 0), "in all, also with --resume; 0 prints the losses")
     add("batch_size", number(int, 1), "windows a step, over all processes")
@@ -331,71 +325,42 @@ def build_parser() -> sample.Parser:
     add("eval_iter", number(int, 1), "batches of each set in an evaluation")
     add("start_context", str, "what the samples continue")
     add("save_every", number(int, 0), "steps between saves; 0: at the end and when interrupted")
+    add("context_length", number(int, 1), "tokens in a window, and the most that a fresh model can see")
+    for name, kind in (("vocab_size", int), ("emb_dim", int), ("n_layers", int), ("drop_rate", float)):
+        parse = number(int, 1) if kind is int else number(float, 0, 1)
+        add(name, parse, "of the model", getattr(GPT_CONFIG_124M, name))
+    parser.add_argument("--qkv-bias", action=argparse.BooleanOptionalAction, help="of the model (default: without)")
     parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
     parser.add_argument("--plot", default="loss.png", help="the picture: .png, .pdf or .svg (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
     sample.add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
-    for field in fields(Config):
-        flag, default = f"--{field.name.replace('_', '-')}", f"(default: {getattr(GPT_CONFIG_124M, field.name)})"
-        if field.name == "qkv_bias":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"of query, key and value {default}")
-        elif field.name != "n_heads":  # which sample.py has, too
-            kind = number(float, 0, 1) if field.name == "drop_rate" else number(int, 1)
-            parser.add_argument(flag, type=kind, help=f"of the model {default}")
-    parser.set_defaults(context_length=GPT_CONFIG_124M.context_length)
+    parser.set_defaults(seed=None, dtype=None)
     return parser
 
 
-def contradiction(name: str, value: Any, source: str, there: Any) -> ValueError:
-    """The error for an option that says something else than what was loaded."""
-    return ValueError(f"--{name.replace('_', '-')} {value} contradicts {source}: {there} there")
+def settle(given: dict[str, Any], loaded: Checkpoint | None, source: str) -> tuple[Settings, Config]:
+    """What decides a run: each option as given, or else as in what was loaded from source, or else as in the chapter.
 
-
-def read_arguments() -> tuple[argparse.Namespace, Settings, Checkpoint | None, Progress | None]:
-    """The command line, the settings that follow from it, and with --resume what the checkpoint holds."""
-    parser, loaded, progress = build_parser(), None, None
-    args = parser.parse_args()
-    if args.weights not in (None, "openai"):
-        raise ValueError("--weights can only be openai; to go on from a file, use --resume --checkpoint FILE")
-    if args.resume and args.weights:
-        raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
-    if args.resume:
-        loaded = sample.load_model(args.checkpoint, args)
-        window = loaded.config.context_length
-        if loaded.run:
-            try:
-                progress, kept = Progress(**loaded.run["progress"]), Settings(**loaded.run["settings"])
-            except (KeyError, TypeError):
-                raise ValueError(f"{args.checkpoint} is not a checkpoint of this program") from None
-            parser.set_defaults(**kept._asdict())
-            window = progress.window
-        parser.set_defaults(context_length=window)
-        args = parser.parse_args()
-        if progress and args.context_length != window:
-            raise contradiction("context_length", args.context_length, args.checkpoint, window)
-        if progress and args.batch_size != kept.batch_size:
-            raise contradiction("batch_size", args.batch_size, args.checkpoint, kept.batch_size)
-    if not args.start_context:
-        raise ValueError("--start-context is empty: give the samples something to continue")
-    return args, Settings(*(getattr(args, name) for name in Settings._fields)), loaded, progress
-
-
-def starting_model(args: argparse.Namespace, loaded: Checkpoint | None,
-                   generator: torch.Generator) -> tuple[Params, Config]:
-    """Parameters and configuration to begin with: those loaded, or fresh ones as the options say.
-
-    ValueError for an option that contradicts what was loaded: of that, only drop_rate can be changed, and
-    --context-length says how long the windows are, which may be shorter.
+    ValueError for an option that contradicts what was loaded: of a model, only drop_rate can be changed; its windows
+    may be shorter than its context; a run that goes on keeps its windows and batches.
     """
-    given = {field.name: value for field in fields(Config) if (value := getattr(args, field.name)) is not None}
-    if loaded is None:
-        config = replace(GPT_CONFIG_124M, **given)
-        return init_params(config, generator), config
-    for name, value in given.items():
-        there = getattr(loaded.config, name)
-        if value > there if name == "context_length" else value != there and name != "drop_rate":
-            raise contradiction(name, value, args.checkpoint if args.resume else "--weights openai", there)
-    return loaded.params, replace(loaded.config, drop_rate=given.get("drop_rate", loaded.config.drop_rate))
+    kept, fixed = asdict(GPT_CONFIG_124M) | Settings()._asdict(), dict[str, Any]()
+    if loaded is not None:
+        window = min(kept["context_length"], loaded.config.context_length)
+        kept |= asdict(loaded.config) | {"context_length": window} | loaded.run.get("settings", {})
+        names = ["vocab_size", "emb_dim", "n_heads", "n_layers", "qkv_bias"]
+        names += ["batch_size", "context_length"] if "settings" in loaded.run else []
+        fixed = {name: kept[name] for name in names}
+        if given.get("context_length", 0) > loaded.config.context_length:
+            fixed["context_length"] = loaded.config.context_length
+    for name, there in fixed.items():
+        if given.get(name, there) != there:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} contradicts {source}: {there} there")
+    chosen = kept | given
+    config = Config(**{field.name: chosen[field.name] for field in fields(Config)})
+    if loaded is not None:
+        config = replace(config, context_length=loaded.config.context_length)
+    return Settings(*(chosen[name] for name in Settings._fields)), config
 
 
 def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: Params) -> None:
@@ -410,11 +375,8 @@ def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: P
     for path in (checkpoint, plot):
         if path.is_dir():
             raise ValueError(f"{path} is a directory, not a file to write")
-        try:
-            with open(f"{path}.partial", "wb"):
-                os.remove(f"{path}.partial")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        with open(f"{path}.partial", "wb"):
+            os.remove(f"{path}.partial")
     needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
     free = shutil.disk_usage(checkpoint.resolve().parent).free
     if free < needed:
@@ -424,33 +386,37 @@ def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: P
 def main() -> int:
     """The exit status of `python train.py`."""
     tune_allocator()
-    args, settings, loaded, progress = read_arguments()
-    device, window, tokenizer = sample.pick_device(args.device), args.context_length, sample.gpt2_tokenizer()
-    processes = Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    if settings.batch_size % processes.world_size:
-        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over "
-                         f"{processes.world_size} processes")
-    if device.type == "cuda" and processes.world_size > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    windows = read_windows(settings, window, tokenizer)
-    steps_per_epoch = len(windows[0]) // settings.batch_size
-    if progress and (progress.steps_per_epoch != steps_per_epoch
-                     or (progress.order is not None and len(progress.order) != len(windows[0]))):
-        raise ValueError(f"{args.checkpoint} was made with other data: {progress.steps_per_epoch} steps an epoch, not "
-                         f"{steps_per_epoch}")
-    if processes.world_size > 1:
+    args = build_parser().parse_args()
+    if args.weights not in (None, "openai"):
+        raise ValueError("--weights can only be openai; to go on from a file, use --resume --checkpoint FILE")
+    if args.resume and args.weights:
+        raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
+    device, tokenizer = sample.pick_device(args.device), sample.gpt2_tokenizer()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.weights:
-        if processes.rank > 0:
-            dist.barrier()  # process 0 downloads, the others find what it has brought
-        loaded = sample.load_model("openai", args)
-        if processes.world_size > 1 and processes.rank == 0:
-            dist.barrier()
-    generator = torch.Generator().manual_seed(settings.seed)
-    params, config = starting_model(args, loaded, generator)
+
+    source, loaded = args.checkpoint if args.resume else args.weights, None
+    for turn in (0, 1) if source else ():  # first process 0, then the others, which find what it has downloaded
+        loaded = sample.load_model(source, args) if turn == min(rank, 1) else loaded
+        if world_size > 1:
+            reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)
+    settings, config = settle({name: value for name, value in vars(args).items() if value is not None}, loaded, source)
+    if not settings.start_context:
+        raise ValueError("--start-context is empty: give the samples something to continue")
     if config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"--vocab-size must be {tokenizer.n_vocab}, the size of GPT-2's vocabulary")
-    if progress and progress.generator is not None:
+    if settings.batch_size % world_size:
+        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {world_size} processes")
+    windows = read_windows(settings, tokenizer)
+    data = hashlib.sha256(b"".join(part.tobytes() for part in windows)).hexdigest()
+    generator = torch.Generator().manual_seed(settings.seed)
+    params, _, opt_state, run = loaded or (init_params(config, generator), config, None, {})
+    progress = Progress(data, step=int(opt_state["step"]) if opt_state else 0)._replace(**run.get("progress", {}))
+    if progress.data != data:
+        raise ValueError(f"{source} was made with other data than {' '.join(settings.data)}")
+    if progress.generator is not None:
         generator.set_state(progress.generator)
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
@@ -458,19 +424,14 @@ def main() -> int:
     if not settings.epochs:
         params = cast(params, getattr(torch, settings.dtype), device)
         losses = evaluate_model(params, *windows, settings.batch_size, config, generator)
-        if processes.rank == 0:
+        if rank == 0:
             print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
-
-    params = cast(params, torch.float32, device)
-    opt_state = (loaded and loaded.opt_state) or init_optimizer(params)
-    opt_state = {"step": opt_state["step"].to(device),
-                 **{key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}}
-    progress = progress or Progress(window, steps_per_epoch, step=int(opt_state["step"]))
+    steps_per_epoch = len(windows[0]) // settings.batch_size
     if progress.step >= settings.epochs * steps_per_epoch:
-        print(f"{args.checkpoint} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
+        print(f"{source} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
         return 0
-    if processes.rank == 0:
+    if rank == 0:
         check_outputs(Path(args.checkpoint), Path(args.plot), settings.data, params)
     found = [] if args.resume or not os.path.exists(args.checkpoint) else [args.checkpoint]  # not ours: it is kept
 
@@ -480,10 +441,15 @@ def main() -> int:
             print(f"{args.checkpoint} was there: now it is {args.checkpoint}.old", file=sys.stderr)
         save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
                         progress=progress._asdict(), settings=settings._asdict())
-    progress, stop = train(params, opt_state, config, progress, windows, generator, settings, save, processes)
-    if processes.rank == 0 and progress.evaluations:
-        plot_losses(progress.evaluations, steps_per_epoch * settings.batch_size * window, args.plot)
-    if processes.rank == 0 and stop:
+    params = cast(params, torch.float32, device)
+    opt_state = opt_state or init_optimizer(params)
+    moments = {key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}
+    progress, stop = train(params, {"step": opt_state["step"].to(device), **moments}, config, progress, windows,
+                           tokenizer, generator, settings, rank, world_size, save)
+    if rank == 0 and progress.evaluations:
+        tokens_per_epoch = steps_per_epoch * settings.batch_size * settings.context_length
+        plot_losses(progress.evaluations, tokens_per_epoch, args.plot)
+    if rank == 0 and stop:
         paths = f"--checkpoint {args.checkpoint}" + (f" --plot {args.plot}" if args.plot != "loss.png" else "")
         print(f"stopped after step {progress.step - 1}: `python train.py --resume {paths}` goes on", file=sys.stderr)
     return 128 + stop if stop else 0

@@ -49,15 +49,11 @@ def assign(left: Tensor, right: Any) -> Tensor:
 def check_params(params: Params, config: Config, source: Path) -> Params:
     """The parameters of `config`, in its order; a ValueError names the first that is absent, unknown or misshapen."""
     shapes = param_shapes(config)
-    if unknown := [name for name in params if name not in shapes]:
-        raise ValueError(f"{source}: {unknown[0]} is not a parameter of this model")
-    for name, shape in shapes.items():
-        if not isinstance(params.get(name), Tensor) or not params[name].is_floating_point():
-            raise ValueError(f"{source}: the parameter {name} {shape} is missing")
-        try:
-            assign(torch.empty(shape, device="meta"), params[name])
-        except ValueError as error:
-            raise ValueError(f"{source}: {name}: {error}") from None
+    for name in shapes | params:
+        tensor, shape = params.get(name), shapes.get(name, "absent")
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) and tensor.is_floating_point() else "absent"
+        if found != shape:
+            raise ValueError(f"{source}: the parameter {name} has to be {shape}, but is {found}")
     tensors: dict[tuple[int, torch.Size], Tensor] = {}  # two tensors in the same memory are one: weights are tied
     return {name: tensors.setdefault((params[name].data_ptr(), params[name].shape), params[name]) for name in shapes}
 
@@ -120,6 +116,8 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
         params = content.get("model_state_dict", content)
         params = {name: tensor for name, tensor in params.items() if not name.endswith(".att.mask")}
         config = Config(**content["config"]) if "config" in content else infer_config(params, n_heads)
+        if n_heads not in (None, config.n_heads):
+            raise ValueError(f"{path}: the model has {config.n_heads} heads, not {n_heads}")
         run = dict(content.get("run", {}))
         optimizer = content.get("optimizer_state_dict")
         params = check_params(params, config, path)
@@ -160,17 +158,14 @@ def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = 
             try:
                 download(url, folder / name)
             except requests.RequestException as error:
-                reason = "there is no connection, or it broke"
-                if error.response is not None:
-                    reason = f"{error.response.status_code} {error.response.reason}"
-                elif type(error) is requests.RequestException:  # our own, below
-                    reason = str(error)
                 final = error.response is not None and error.response.status_code in (400, 401, 403, 404, 410)
-                if not final and (pause := next(pauses, None)) is not None:
-                    time.sleep(pause)
-                    continue
-                raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: put "
-                              f"{', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
+                pause = None if final else next(pauses, None)
+                if pause is None:
+                    known = error.response is not None or type(error) is requests.RequestException  # one of `download`
+                    reason = error if known else "there is no connection, or it broke"
+                    raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: "
+                                  f"put {', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
+                time.sleep(pause)
     return folder
 
 

@@ -252,7 +252,7 @@ def corpus(_name: str) -> tuple[float, float]:
             file.write(" ".join(draw.choices(story, k=10**5)) + "\n")
         file.flush()
         begin = time.perf_counter()
-        train.read_windows(train.Settings(data=[file.name]), 256, train.sample.gpt2_tokenizer())
+        train.read_windows(train.Settings(data=[file.name]), train.sample.gpt2_tokenizer())
         return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
