@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
-ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not in every build of PyTorch
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Cache(NamedTuple):
     The buffer has room for more tokens. Growing a cache writes into that room: the cache it grew from still holds what
     it held, but of two caches grown from the same one only the later is right.
     """
-    keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use; of one layer (2, B, ...)
+    keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use; in a block (2, B, ...)
     length: int
 
 
@@ -113,9 +112,9 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 def attention(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
               past: Cache | None = None) -> Tensor:
-    """Causal multi-head attention over x (B, T, E) and, without dropout, over the tokens in `past`, one layer's cache.
+    """Causal multi-head attention (B, T, E) over x (B, T, E) and, if T = 1, over the tokens in `past` before it.
 
-    The keys and values of x are written into the room of `past`.
+    `past` is this block's part of a cache. The keys and values of x are written into its room.
     """
     B, T, E = x.shape
     q, k, v = (linear(x, params, f"{name}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
@@ -123,9 +122,9 @@ def attention(x: Tensor, params: Params, name: str, config: Config, generator: t
     if past is not None:
         end = past.length + T
         past.keys_values[:, :, :, past.length:end] = torch.stack((k, v))
-        k, v = past.keys_values[:, :, :, :end]  # each (B, H, end, D)
+        k, v = past.keys_values[:, :, :, :end]  # along the axis of 2: each (B, H, end, D)
     if generator is None or config.drop_rate == 0:
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single token sees all before it
     else:  # the same by hand, because only here can the dropout draw from our generator
         future = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu_(1)
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).add_(future).softmax(-1)  # (B, H, T, T)
@@ -149,7 +148,10 @@ def transformer_block(x: Tensor, params: Params, name: str, config: Config, gene
 
 def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
                   cache: Cache | None = None) -> Tensor:
-    """What the output head sees: (B, T, E) for token_ids (B, T), or (B, 1) if they follow the tokens in a cache."""
+    """What the output head sees: (B, T, E) for token_ids (B, T), or (B, 1) if they follow the tokens in a cache.
+
+    Writes the keys and values into the room of the cache.
+    """
     start = 0 if cache is None else cache.length
     end = start + token_ids.shape[1]
     if end > config.context_length:
@@ -157,7 +159,7 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
     if start and end > start + 1:
         raise ValueError("after the first call a cache takes one token at a time")
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    x = dropout(x, config.drop_rate, generator).to(params["out_head.weight"].dtype)  # embeddings may stay float32
+    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # embeddings may stay float32
     for i in range(config.n_layers):
         past = None if cache is None else Cache(cache.keys_values[i], start)
         x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
@@ -167,8 +169,8 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
 def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None) -> Tensor:
     """Logits (B, T, V): row t scores every vocabulary entry as the token after token_ids[:, :t + 1] (section 5.1.1).
 
-    token_ids (B, T) are integers below V. Dropout happens if and only if a generator is passed. ValueError when T is
-    more than context_length.
+    token_ids (B, T) are integers below V. There is dropout, at config.drop_rate, if and only if a generator is passed.
+    ValueError when T is more than context_length.
     """
     return linear(hidden_states(params, token_ids, config, generator), params, "out_head")
 
@@ -183,11 +185,11 @@ def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
 def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
     """A cache of length 0 with room for that many tokens in each of batch_size rows."""
     shape = (config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
-    return Cache(params["tok_emb.weight"].new_empty(shape), length=0)
+    return Cache(params["final_norm.scale"].new_empty(shape), length=0)
 
 
 def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> tuple[Tensor, Cache]:
-    """Logits (B, V) of the token after token_ids, and the cache grown by token_ids.
+    """Logits (B, V) of the token after token_ids, and the cache grown by token_ids, in the same buffer.
 
     token_ids (B, T) are a whole prompt when the cache is empty, and one token (T = 1) after that.
     """
@@ -197,17 +199,18 @@ def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache)
 
 # Nearly all of the time goes into one operation, the product with a weight. What follows is F.linear, computed by a
 # library within PyTorch, oneDNN: on AMD's processors in half the time of what PyTorch itself would choose for float32.
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not in every build of PyTorch
+
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out).
-
-    For 2 to 15 tokens PyTorch's own choice is as fast, and the last digits of section 5.1.2 are those of its rounding.
-    """
-    better = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not 1 < x.shape[1] < 16
-    if weight.is_mkldnn or (better and not torch.is_grad_enabled()):
+    """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out)."""
+    packed = weight.is_mkldnn  # by `pack`
+    # For 2 to 15 tokens both are as fast, and the last digits of section 5.1.2 are those of PyTorch's own rounding.
+    slow = x.device.type == "cpu" and x.dtype == torch.float32 and not 1 < x.shape[1] < 16
+    if packed or (slow and ONEDNN and not torch.is_grad_enabled()):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation after it
         return product
-    if better:  # the form that autograd sees through
+    if slow and ONEDNN:  # the form that autograd sees through; it copies x and the product
         return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
 

@@ -21,7 +21,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from gpt import Config, Params, empty_cache, next_logits, pack
+from gpt import GPT_CONFIG_124M, Config, Params, empty_cache, next_logits, pack
 from weights import OPENAI_SIZES, OPENAI_URL, Checkpoint, download_openai, load_checkpoint, load_openai
 
 END_OF_TEXT = "<|endoftext|>"
@@ -141,13 +141,6 @@ def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: 
     return torch.cat([token_ids, *new], dim=1)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
     """A parser of numbers from low (or above it) up to below high, for argparse."""
     def parse(text: str) -> Any:
@@ -160,7 +153,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
-def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -> None:
+def add_weight_options(parser: argparse.ArgumentParser, weights: str | None, weights_help: str) -> None:
     """Nothing: adds to the parser the options that both command lines share."""
     add = parser.add_argument
     add("--weights", default=weights, help=weights_help)
@@ -175,12 +168,22 @@ def add_weight_options(parser: Parser, weights: str | None, weights_help: str) -
 
 
 def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
-    """OpenAI's model if the name is `openai`, or else the checkpoint of that name; errors say what to do."""
+    """OpenAI's model if the name is `openai`, or else the checkpoint of that name; errors say what to do.
+
+    Of args, only the options of `add_weight_options` are used.
+    """
     if name == "openai":
-        return Checkpoint(*load_openai(download_openai(args.size, args.models_dir, args.base_url)), None, {})
-    if not Path(name).exists():
+        loaded = Checkpoint(*load_openai(download_openai(args.size, args.models_dir, args.base_url)), None, {})
+    elif Path(name).exists():
+        loaded = load_checkpoint(name, args.n_heads)
+    else:
         raise ValueError(f"there is no {name}: `python train.py --checkpoint {name}` makes it")
-    return load_checkpoint(name, args.n_heads)
+    if args.n_heads not in (None, loaded.config.n_heads):
+        raise ValueError(f"--n-heads {args.n_heads} contradicts {name}: {loaded.config.n_heads} there")
+    if loaded.config.vocab_size != GPT_CONFIG_124M.vocab_size:
+        raise ValueError(f"{name} knows {loaded.config.vocab_size} tokens, but GPT-2's vocabulary has "
+                         f"{GPT_CONFIG_124M.vocab_size}")
+    return loaded
 
 
 def pick_device(name: str) -> torch.device:
@@ -201,7 +204,10 @@ def cast(params: Params, dtype: torch.dtype, device: torch.device | None = None)
 
 def run(command: Callable[[], int]) -> NoReturn:
     """Exits with the command's status; what the user did wrong, or the disk or network, is one line and status 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed before the start  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # where it is not UTF-8, a strange character is no failure
     try:
         status = command()
         sys.stdout.flush()
@@ -210,7 +216,7 @@ def run(command: Callable[[], int]) -> NoReturn:
         status = 141
     except KeyboardInterrupt:
         status = 130
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, MemoryError, ValueError, RuntimeError) as error:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         if isinstance(error, RuntimeError) and "memory" not in message:
             raise
@@ -219,9 +225,9 @@ def run(command: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def build_parser() -> Parser:
-    """The parser of this command line."""
-    parser = Parser(description="Continue a text with a GPT-2 model.")
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command line; without a usage, a mistake is reported in one line."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Continue a text with a GPT-2 model.")
     add_weight_options(parser, "model.pth", "a checkpoint, or `openai` for the published GPT-2 (default: %(default)s)")
     parser.add_argument("--prompt", default="Every effort moves you", help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=number(int, 0), default=25, help="(default: %(default)s)")
@@ -240,8 +246,6 @@ def main() -> int:
     params, config, *_ = load_model(args.weights, args)
     params = cast(params, getattr(torch, args.dtype), device)
     tokenizer = gpt2_tokenizer()
-    if config.vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"{args.weights} knows {config.vocab_size} tokens, GPT-2's vocabulary has {tokenizer.n_vocab}")
     prompt = text_to_token_ids(args.prompt, tokenizer).to(device)
     tokens = stream(params, prompt, config, args.max_new_tokens, args.temperature, args.top_k,
                     tokenizer.eot_token, torch.Generator(device).manual_seed(args.seed))

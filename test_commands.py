@@ -1,11 +1,14 @@
 """Both command lines as a user meets them: what they print, where they stop, what they refuse."""
 import hashlib
+import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,7 +54,7 @@ def stop_after(monkeypatch):
                 caught.append(signum)
             return step(*arguments, **options)
         monkeypatch.setattr(train, "train_step", counted)
-        monkeypatch.setattr(train, "catch_signals", lambda: caught)
+        monkeypatch.setattr(train, "catch_signals", lambda: nullcontext(caught))
     return arrange
 
 
@@ -75,7 +78,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_straight_through(command, 
         status, first, errors = command("train.py", *options)
     assert status == 130 and "python train.py --resume --checkpoint model.pth" in errors
     assert load_checkpoint("model.pth").run["progress"]["step"] == k
-    monkeypatch.setattr(train, "catch_signals", list)
+    monkeypatch.setattr(train, "catch_signals", lambda: nullcontext([]))
     status, rest, _ = command("train.py", "--resume")
     assert status == 0 and first + rest == straight
     (one, *others), (two, *same) = state("straight.pth"), state("model.pth")
@@ -121,11 +124,30 @@ def test_no_epochs_print_the_losses_and_write_nothing(command):
     assert not list(Path().iterdir())
 
 
+def test_a_disk_too_small_for_the_checkpoint_is_noticed_at_the_start(command, monkeypatch):
+    needed = 12 * sum(map(torch.numel, train.init_params(train.Config(50257, 16, 8, 2, 1, 0.1, False),
+                                                         torch.Generator()).values()))
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
+    assert command("train.py", *SMALL, "--epochs", "1")[0] == 0
+    status, output, errors = command("train.py", *SMALL, "--epochs", "1", "--save-every", "1")  # two files at a time
+    assert status == 2 and not output and "the disk has 0.0 GB left" in errors
+
+
+def test_a_console_without_unicode_is_no_failure(command, monkeypatch):
+    command("train.py", *SMALL, "--epochs", "1")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "naïve 你"])
+    with pytest.raises(SystemExit) as ended:
+        sample.run(sample.main)
+    sys.stdout.seek(0)
+    assert not ended.value.code and sys.stdout.read().startswith("naïve ?")
+
+
 def test_a_fresh_run_keeps_the_checkpoint_that_it_finds(command):
     command("train.py", *SMALL, "--epochs", "1")
     found = Path("model.pth").read_bytes()
     status, _, errors = command("train.py", *SMALL, "--epochs", "1", "--seed", "1")
-    assert status == 0 and "model.pth was there: now it is model.pth.old" in errors
+    assert status == 0 and "model.pth is there: it is kept as model.pth.old" in errors
     assert Path("model.pth.old").read_bytes() == found != Path("model.pth").read_bytes()
 
 
@@ -158,6 +180,7 @@ def test_a_plain_state_dict_is_sampled_and_resumed(command):
     status, output, _ = command("train.py", *DATA, "--resume", "--checkpoint", "plain.pth", "--n-heads", "2",
                                 "--batch-size", "10", "--epochs", "1", "--eval-iter", "1")
     assert status == 0 and output.startswith("Ep 1 (Step 000000)")
+    assert torch.load("plain.pth.old", weights_only=True).keys() == load_checkpoint("plain.pth").params.keys()
 
 
 def test_several_files_are_one_text_with_end_of_text_between(tmp_path):
@@ -173,13 +196,12 @@ def start(*arguments, cwd):
                              *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, signum, status):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     with start(cwd=tmp_path) as process:
         assert process.stdout.readline().startswith("Ep 1")
-        process.send_signal(signum)
+        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
-    assert process.returncode == status and "Traceback" not in errors
+    assert process.returncode == 143 and "Traceback" not in errors
     assert "--resume --checkpoint model.pth` goes on" in errors
     assert load_checkpoint(tmp_path / "model.pth").run["progress"]["step"] >= 1
 
@@ -194,10 +216,12 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_after_the_first_signal_the_second_is_the_systems_own(command):
-    caught = train.catch_signals()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert caught == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before = signal.getsignal(signal.SIGINT)
+    with train.catch_signals() as caught:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):
@@ -209,10 +233,17 @@ def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):
         assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("closed", ["a pipe", "from the start"])
+@pytest.mark.parametrize("closed", ["a pipe", "a pipe for both", "from the start"])
 def test_training_whose_log_none_can_read_any_more_saves_its_work(tmp_path, closed):
-    arguments = [sys.executable, str(HERE / "train.py"), *SMALL, "--epochs", "200" if closed == "a pipe" else "1"]
-    if closed == "a pipe":
+    piped = closed != "from the start"
+    arguments = [sys.executable, str(HERE / "train.py"), *SMALL, "--epochs", "200" if piped else "1"]
+    errors = ""
+    if closed == "a pipe for both":
+        with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            process.stdout.readline()
+            process.stdout.close()
+        assert process.returncode == 141
+    elif piped:
         with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             process.stdout.close()
             errors = process.stderr.read().decode()
@@ -345,7 +376,9 @@ TRAIN_MISTAKES = [
     (["--resume", "--checkpoint", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
     (["--resume", "--checkpoint", "binary.bin"], "binary.bin", "not a checkpoint"),
     (["--resume", "--emb-dim", "16"], "--emb-dim 16 contradicts model.pth: 8"),
-    (["--resume", "--n-heads", "4"], "model.pth", "2 heads, not 4"), (["--resume", "--qkv-bias"], "--qkv-bias"),
+    (["--resume", "--n-heads", "4"], "--n-heads 4 contradicts model.pth: 2"),
+    (["--resume", "--seed", "4"], "--seed 4 contradicts"),
+    (["--resume", "--train-ratio", "0.5"], "--train-ratio 0.5 contradicts"), (["--resume", "--qkv-bias"], "--qkv-bias"),
     (["--resume", "--context-length", "32"], "--context-length 32 contradicts"),
     (["--resume", "--batch-size", "3", "--epochs", "9"], "--batch-size 3 contradicts model.pth: 10"),
     (["--resume", "--data", "other.txt", "--epochs", "9"], "made with other data"),
@@ -364,7 +397,7 @@ SAMPLE_MISTAKES = [
     (["--temperature", "nan"], "--temperature"),
     (["--temperature", "inf"], "--temperature"), (["--max-new-tokens", "-1"], "--max-new-tokens"),
     (["--max-new-tokens", "many"], "many"), (["--seed", "1.5"], "--seed"), (["--device", "tpu"], "no device 'tpu'"),
-    (["--n-heads", "4"], "model.pth", "2 heads, not 4"),
+    (["--n-heads", "4"], "--n-heads 4 contradicts model.pth: 2"),
     (["--weights", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
     (["--weights", "binary.bin"], "not a checkpoint"), (["--weights", "empty.txt"], "not a checkpoint"),
     (["--weights", "folder"], "folder"), (["--weights", "small-vocabulary.pth"], "50257"),

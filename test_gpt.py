@@ -156,7 +156,7 @@ def test_windows_start_where_the_chapters_do_and_targets_are_one_later(n, length
     windows = train.make_windows(tokens, length)
     assert [int(w[0]) for w in windows] == list(range(0, n - length, length))
     if len(windows):
-        inputs, targets = train.batch_of(windows, torch.arange(len(windows)))
+        inputs, targets = train.batch_of(windows, torch.arange(len(windows)), torch.device("cpu"))
         assert torch.equal(inputs + 1, targets) and inputs.shape[1] == length
 
 
@@ -346,17 +346,17 @@ def test_attention_by_hand_equals_the_fused_one():
     torch.testing.assert_close(forward(params, ids, almost_none, seeded()), forward(params, ids, TINY))
 
 
-@settings(max_examples=60)
-@given(configs(), st.data())
-def test_changing_a_token_never_changes_a_logit_before_it(config, data):
+@settings(max_examples=40)
+@given(configs())
+def test_changing_a_token_never_changes_a_logit_before_it(config):
     params = init_params(config, seeded(1))
     ids = torch.randint(23, (2, config.context_length), generator=seeded(2))
-    t = data.draw(st.integers(0, config.context_length - 1))
-    changed = ids.clone()
-    changed[:, t] = (changed[:, t] + 1) % 23
-    generator = data.draw(st.sampled_from([lambda: None, lambda: seeded(5)]))
-    before, after = forward(params, ids, config, generator()), forward(params, changed, config, generator())
-    assert torch.equal(before[:, :t], after[:, :t])
+    for t in range(config.context_length):
+        changed = ids.clone()
+        changed[:, t] = (changed[:, t] + 1) % 23
+        for generator in (lambda: None, lambda: seeded(5)):
+            before, after = forward(params, ids, config, generator()), forward(params, changed, config, generator())
+            assert torch.equal(before[:, :t], after[:, :t])
 
 
 @settings(max_examples=60)

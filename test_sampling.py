@@ -99,6 +99,8 @@ def test_a_temperature_near_zero_takes_the_largest(row, seed):
     logits = torch.tensor([row], dtype=torch.float64)
     chosen = next_token(logits, temperature=1e-300, generator=seeded(seed))
     assert logits[0, chosen] == logits.max() == logits[0, next_token(logits)]
+    near = torch.tensor([[1e-9, 0.0]])
+    assert softmax_with_temperature(near, 1e-300).tolist() == [[1.0, 0.0]]
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=30), st.floats(0.01, 100), st.floats(1, 100))

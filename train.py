@@ -1,8 +1,8 @@
 """Pretraining: windows of text, the loss over a set, the training step, the loop. `python train.py --help`
 
-A text becomes tokens (`tokenize`), windows (`make_windows`), batches (`batches`), a loss and new parameters
-(`train_step`), again and again (`train`). On a CPU, every random number of the first process comes from one generator,
-in the chapter's order.
+A text becomes tokens (`tokenize`), windows (`make_windows`), an order (`pass_order`), batches (`batch_of`), a loss and
+new parameters (`train_step`), again and again (`train`). On a CPU, every random number of the first process comes from
+one generator, or from another that it has seeded, in the chapter's order.
 
 Axes: B batch, T tokens.
 """
@@ -17,8 +17,8 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,9 @@ class Settings(NamedTuple):
     save_every: int = 0
     dtype: str = "float32"
     context_length: int = 256  # tokens in a window
+
+
+DEFAULTS = asdict(GPT_CONFIG_124M) | Settings()._asdict()
 
 
 class Progress(NamedTuple):
@@ -124,20 +127,19 @@ def read_windows(settings: Settings, tokenizer: tiktoken.Encoding) -> Windows:
 
 def pass_order(n: int, generator: torch.Generator, shuffle: bool) -> Tensor:
     """The order of one pass over n windows (n,), with the draws of the chapter's DataLoader (section 5.1.3)."""
-    def draw_seed() -> int:
-        return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    draw_seed()  # DataLoader draws one for its worker processes first, even where it has none
-    return torch.randperm(n, generator=torch.Generator().manual_seed(draw_seed())) if shuffle else torch.arange(n)
+    # DataLoader draws a seed for its worker processes, even where it has none, and then one for the order, if any.
+    seeds = torch.empty(2 if shuffle else 1, dtype=torch.int64).random_(generator=generator)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(seeds[1]))) if shuffle else torch.arange(n)
 
 
-def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) of the windows in these rows."""
     tokens = torch.from_numpy(windows[rows.numpy()].astype(np.int64)).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
 def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, shuffle: bool,
-            device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+            device: torch.device = torch.device("cpu")) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: B008
     """One pass over the windows: inputs and targets (B, T). A shuffled pass drops the last, partial batch (5.1.3)."""
     for rows in torch.split(pass_order(len(windows), generator, shuffle), batch_size):
         if len(rows) == batch_size or not shuffle:
@@ -171,23 +173,22 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
                generator: torch.Generator | None = None, *, lr: float = 4e-4, weight_decay: float = 0.1,
                dtype: torch.dtype = torch.float32,
                average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
-    """New parameters, new optimizer state and the batch's loss, after one step of AdamW (section 5.2).
+    """Parameters and optimizer state after one step of AdamW, and the loss of the batch before it (section 5.2).
 
     inputs and targets are (B, T). The new values are written into the old tensors: use only what is returned.
     The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, in the order of
     the parameters, and returns those to use: with several processes, their mean.
     """
-    # Leaves are what autograd follows, one for each tensor; a tied tensor has several names, and its leaf gets one.
-    names = {id(tensor): name for name, tensor in params.items()}
-    leaves = {name: params[name].detach().requires_grad_() for name in names.values()}
-    tracked = {name: leaves[names[id(tensor)]] for name, tensor in params.items()}  # by all names again
+    names = {id(tensor): name for name, tensor in params.items()}  # tied parameters are one tensor: it goes by the last
+    leaves = {key: params[name].detach().requires_grad_() for key, name in names.items()}  # what autograd follows
     # Embeddings need no cast: a lookup reads a few rows of a table, a cast would copy all of it.
-    computed = {name: leaf if "_emb." in name else leaf.to(dtype) for name, leaf in tracked.items()}
+    computed = {name: leaves[id(tensor)] if "_emb." in name else leaves[id(tensor)].to(dtype)
+                for name, tensor in params.items()}
     loss = calc_loss(computed, inputs, targets, config, generator)
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
     if average is not None:
         gradients = average(gradients)
-    first, second = ([opt_state[key][name] for name in leaves] for key in ("exp_avg", "exp_avg_sq"))
+    first, second = ([opt_state[key][name] for name in names.values()] for key in ("exp_avg", "exp_avg_sq"))
     with torch.no_grad():  # adamw counts the steps up in place, one count for each tensor
         adamw(list(leaves.values()), gradients, first, second, [], [opt_state["step"].clone() for _ in leaves],
               fused=True, amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
@@ -196,18 +197,15 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
 
 
 def reduce(tensors: list[Tensor], operation: Any) -> list[Tensor]:
-    """The tensors' sum, mean or maximum over all processes, in their own buffers; ConnectionError if one has ended."""
+    """The tensors' sum or maximum over all processes, in their own buffers; ConnectionError if another has ended."""
+    if not dist.is_initialized():
+        return tensors
     try:  # all at once and each where it lies: to join them first would cost more than it saves
         for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
             work.wait()
     except RuntimeError:
         raise ConnectionError("another process has ended: --resume goes on from the last save") from None
     return tensors
-
-
-def average(gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients' mean over all processes, in their own buffers."""
-    return [gradient.div_(dist.get_world_size()) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
 
 
 def dropout_generator(generator: torch.Generator, step: int, device: torch.device, rank: int) -> torch.Generator:
@@ -231,23 +229,38 @@ def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoc
     axes.set(xlabel="Epochs", ylabel="Loss")
     axes.legend(loc="upper right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    scales = (partial(np.multiply, tokens_per_epoch), partial(np.multiply, 1 / tokens_per_epoch))
-    axes.secondary_xaxis("top", functions=scales).set_xlabel("Tokens seen")
+    to_tokens, to_epochs = (lambda epochs: epochs * tokens_per_epoch), (lambda tokens: tokens / tokens_per_epoch)
+    axes.secondary_xaxis("top", functions=(to_tokens, to_epochs)).set_xlabel("Tokens seen")
     with write_atomically(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:])
 
 
-def catch_signals() -> list[int]:
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
     """A list that will hold the first Ctrl-C or SIGTERM to come; a second one ends the process at once."""
     caught: list[int] = []
 
     def handle(signum: int, _frame: Any) -> None:
         caught.append(signum)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, handle)
-    return caught
+    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def heard(bar: tqdm, signals: list[int]) -> Iterator[None]:
+    """Around what prints: if none can read it any more, that is a SIGPIPE among the signals, and no run is lost."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError:
+        bar.disable = True  # or it would fail once more when it is closed
+        signals.append(signal.SIGPIPE)
 
 
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
@@ -260,13 +273,17 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
     """
     device, dtype, leader = params["tok_emb.weight"].device, getattr(torch, settings.dtype), rank == 0
 
+    def average(gradients: list[Tensor]) -> list[Tensor]:
+        return [gradient.div_(world_size) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
+
     def shared(value: Tensor) -> Tensor:  # the largest that a process brings, where 0 is to bring nothing
         return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if world_size > 1 else value
     steps_per_epoch, rows = len(windows[0]) // settings.batch_size, settings.batch_size // world_size
     total, batch_tokens = settings.epochs * steps_per_epoch, settings.batch_size * settings.context_length
-    order, signals, stop = progress.order, catch_signals(), 0
-    with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
-              unit_scale=True, disable=not leader) as bar:
+    order, stop = progress.order, 0
+    with catch_signals() as signals, tqdm(
+            desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
+            unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
             epoch, index = divmod(step, steps_per_epoch)
             if index == 0 or order is None:
@@ -278,17 +295,21 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
                 params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, rank),
                 lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
                 average=average if world_size > 1 else None)
-            bar.update(batch_tokens)
+            with heard(bar, signals):
+                bar.update(batch_tokens)
             if leader and step % settings.eval_freq == 0:
                 losses = evaluate_model(cast(params, dtype), *windows, settings.batch_size, config, generator,
                                         settings.eval_iter)
                 evaluation = ((step + 1) * batch_tokens, *losses)
                 progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
-                log(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}", signals)
+                with heard(bar, signals):  # and clear of the bar, which is on standard error
+                    tqdm.write(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, "
+                               f"Val loss {losses[1]:.3f}", file=sys.stdout)
             if leader and index == steps_per_epoch - 1:
                 prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
                 text = token_ids_to_text(generate(cast(params, dtype), prompt, config, 50), tokenizer)
-                log(text.replace("\n", " "), signals)
+                with heard(bar, signals):
+                    tqdm.write(text.replace("\n", " "), file=sys.stdout)
             stop = int(shared(torch.tensor(signals[0] if signals else 0)))
             progress = progress._replace(step=step + 1, order=order)
             saving = settings.save_every and (step + 1) % settings.save_every == 0
@@ -299,23 +320,15 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
     return progress, stop if progress.step < total else 0
 
 
-def log(line: str, signals: list[int]) -> None:
-    """Nothing: prints the line to standard output, clear of the bar on standard error; a failure adds a SIGPIPE."""
-    try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    except OSError:  # the reader has gone, or the disk is full: a reason to save and stop, not to lose the run
-        signals.append(signal.SIGPIPE)
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command line; an option that is not given is None where `settle` finds its value."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS,
+                                     description="Train a GPT-2 model on a text, as the chapter does.")
 
-
-def build_parser() -> sample.Parser:
-    """The parser of this command line; an option that is not given is None where the default may come from a file."""
-    parser, defaults = sample.Parser(description="Train a GPT-2 model on a text, as the chapter does."), Settings()
-
-    def add(name: str, parse: Callable[[str], Any], meaning: str, default: Any = None) -> None:
-        default = default or getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, help=f"{meaning} (default: {default})")
-    parser.add_argument("--data", nargs="+", help=f"UTF-8 text files (default: {' '.join(defaults.data)})")
+    def add(name: str, parse: Callable[[str], Any], meaning: str, **options: Any) -> None:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, help=f"{meaning} (default: {DEFAULTS[name]})",
+                            **options)
+    parser.add_argument("--data", nargs="+", help=f"UTF-8 text files (default: {' '.join(DEFAULTS['data'])})")
     add("train_ratio", number(float, 0, 1, above=True), "the part of the text to train on")
     add("epochs", number(int, 0), "in all, also with --resume; 0 prints the losses")
     add("batch_size", number(int, 1), "windows a step, over all processes")
@@ -326,9 +339,10 @@ def build_parser() -> sample.Parser:
     add("start_context", str, "what the samples continue")
     add("save_every", number(int, 0), "steps between saves; 0: at the end and when interrupted")
     add("context_length", number(int, 1), "tokens in a window, and the most that a fresh model can see")
-    for name, kind in (("vocab_size", int), ("emb_dim", int), ("n_layers", int), ("drop_rate", float)):
-        parse = number(int, 1) if kind is int else number(float, 0, 1)
-        add(name, parse, "of the model", getattr(GPT_CONFIG_124M, name))
+    add("vocab_size", int, "of the model, that of GPT-2's tokenizer", choices=[DEFAULTS["vocab_size"]])
+    add("emb_dim", number(int, 1), "of the model")
+    add("n_layers", number(int, 1), "of the model")
+    add("drop_rate", number(float, 0, 1), "of the model")
     parser.add_argument("--qkv-bias", action=argparse.BooleanOptionalAction, help="of the model (default: without)")
     parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
     parser.add_argument("--plot", default="loss.png", help="the picture: .png, .pdf or .svg (default: %(default)s)")
@@ -344,29 +358,30 @@ def settle(given: dict[str, Any], loaded: Checkpoint | None, source: str) -> tup
     ValueError for an option that contradicts what was loaded: of a model, only drop_rate can be changed; its windows
     may be shorter than its context; a run that goes on keeps its windows and batches.
     """
-    kept, fixed = asdict(GPT_CONFIG_124M) | Settings()._asdict(), dict[str, Any]()
+    kept, fixed = DEFAULTS, list[str]()
     if loaded is not None:
-        window = min(kept["context_length"], loaded.config.context_length)
-        kept |= asdict(loaded.config) | {"context_length": window} | loaded.run.get("settings", {})
-        names = ["vocab_size", "emb_dim", "n_heads", "n_layers", "qkv_bias"]
-        names += ["batch_size", "context_length"] if "settings" in loaded.run else []
-        fixed = {name: kept[name] for name in names}
-        if given.get("context_length", 0) > loaded.config.context_length:
-            fixed["context_length"] = loaded.config.context_length
-    for name, there in fixed.items():
-        if given.get(name, there) != there:
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]} contradicts {source}: {there} there")
+        run, room = loaded.run.get("settings", {}), loaded.config.context_length
+        kept = DEFAULTS | asdict(loaded.config) | {"context_length": min(DEFAULTS["context_length"], room)} | run
+        fixed = ["emb_dim", "n_heads", "n_layers", "qkv_bias"]
+        fixed += ["batch_size", "context_length", "seed", "train_ratio"] if run else []
+    for name in fixed:
+        if given.get(name, kept[name]) != kept[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} contradicts {source}: {kept[name]} there")
     chosen = kept | given
-    config = Config(**{field.name: chosen[field.name] for field in fields(Config)})
-    if loaded is not None:
-        config = replace(config, context_length=loaded.config.context_length)
-    return Settings(*(chosen[name] for name in Settings._fields)), config
+    settings = Settings(*(chosen[name] for name in Settings._fields))
+    if not settings.start_context:
+        raise ValueError("--start-context is empty: give the samples something to continue")
+    if loaded is None:
+        return settings, Config(**{name: chosen[name] for name in asdict(GPT_CONFIG_124M)})
+    if settings.context_length > room:
+        raise ValueError(f"--context-length {settings.context_length} contradicts {source}: {room} there")
+    return settings, replace(loaded.config, drop_rate=chosen["drop_rate"])
 
 
-def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: Params) -> None:
+def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Params) -> None:
     """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
     outputs = {checkpoint.resolve(), plot.resolve()}
-    if len(outputs) < 2 or outputs & {Path(path).resolve() for path in inputs}:
+    if len(outputs) < 2 or outputs & {Path(path).resolve() for path in settings.data}:
         raise ValueError("--checkpoint and --plot must be different files, and none of --data")
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
@@ -378,6 +393,7 @@ def check_outputs(checkpoint: Path, plot: Path, inputs: Sequence[str], params: P
         with open(f"{path}.partial", "wb"):
             os.remove(f"{path}.partial")
     needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
+    needed *= 2 if settings.save_every else 1  # the second file is written beside the first
     free = shutil.disk_usage(checkpoint.resolve().parent).free
     if free < needed:
         raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
@@ -392,23 +408,21 @@ def main() -> int:
     if args.resume and args.weights:
         raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
     device, tokenizer = sample.pick_device(args.device), sample.gpt2_tokenizer()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank, world_size = (  # torchrun's
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if world_size > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     source, loaded = args.checkpoint if args.resume else args.weights, None
-    for turn in (0, 1) if source else ():  # first process 0, then the others, which find what it has downloaded
-        loaded = sample.load_model(source, args) if turn == min(rank, 1) else loaded
-        if world_size > 1:
-            reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)
+    for turn in range(3):  # the first process of all downloads, then the first on each machine; the others find it
+        if source and turn == (rank > 0) + (local_rank > 0):
+            loaded = sample.load_model(source, args)
+        reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)  # when each has had its turn
     settings, config = settle({name: value for name, value in vars(args).items() if value is not None}, loaded, source)
-    if not settings.start_context:
-        raise ValueError("--start-context is empty: give the samples something to continue")
-    if config.vocab_size != tokenizer.n_vocab:
-        raise ValueError(f"--vocab-size must be {tokenizer.n_vocab}, the size of GPT-2's vocabulary")
     if settings.batch_size % world_size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {world_size} processes")
+
     windows = read_windows(settings, tokenizer)
     data = hashlib.sha256(b"".join(part.tobytes() for part in windows)).hexdigest()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -421,6 +435,7 @@ def main() -> int:
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
         print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
+
     if not settings.epochs:
         params = cast(params, getattr(torch, settings.dtype), device)
         losses = evaluate_model(params, *windows, settings.batch_size, config, generator)
@@ -432,13 +447,11 @@ def main() -> int:
         print(f"{source} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
         return 0
     if rank == 0:
-        check_outputs(Path(args.checkpoint), Path(args.plot), settings.data, params)
-    found = [] if args.resume or not os.path.exists(args.checkpoint) else [args.checkpoint]  # not ours: it is kept
+        check_outputs(Path(args.checkpoint), Path(args.plot), settings, params)
+        if not run and os.path.exists(args.checkpoint):  # it is not the beginning of this run
+            keep(args.checkpoint)
 
     def save(params: Params, opt_state: OptState, progress: Progress) -> None:
-        while found:
-            os.replace(found.pop(), f"{args.checkpoint}.old")
-            print(f"{args.checkpoint} was there: now it is {args.checkpoint}.old", file=sys.stderr)
         save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
                         progress=progress._asdict(), settings=settings._asdict())
     params = cast(params, torch.float32, device)
@@ -453,6 +466,17 @@ def main() -> int:
         paths = f"--checkpoint {args.checkpoint}" + (f" --plot {args.plot}" if args.plot != "loss.png" else "")
         print(f"stopped after step {progress.step - 1}: `python train.py --resume {paths}` goes on", file=sys.stderr)
     return 128 + stop if stop else 0
+
+
+def keep(checkpoint: str) -> None:
+    """Nothing: gives a file that a new run will replace a second name, `.old`."""
+    old = Path(f"{checkpoint}.old")
+    old.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, old)
+    except OSError:  # this file system has no second names
+        shutil.copyfile(checkpoint, old)
+    print(f"{checkpoint} is there: it is kept as {old}", file=sys.stderr)
 
 
 if __name__ == "__main__":

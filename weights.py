@@ -39,23 +39,27 @@ class Checkpoint(NamedTuple):
 
 
 def assign(left: Tensor, right: Any) -> Tensor:
-    """`right` as a tensor, if its shape is that of `left`; otherwise a ValueError names both shapes (section 5.5)."""
+    """`right` as a contiguous tensor, if its shape is that of `left`; else a ValueError names both (section 5.5)."""
     given: Tensor = torch.as_tensor(right)
     if left.shape != given.shape:
         raise ValueError(f"shape mismatch: {tuple(left.shape)} is needed, {tuple(given.shape)} was given")
-    return given
+    return given.contiguous()
 
 
-def check_params(params: Params, config: Config, source: Path) -> Params:
-    """The parameters of `config`, in its order; a ValueError names the first that is absent, unknown or misshapen."""
+def check_params(params: Params, config: Config) -> Params:
+    """The parameters of `config`, in its order; a ValueError names the first that is absent, unknown or misshapen.
+
+    They are contiguous, as AdamW's fused kernel takes it for granted: the chapter saves OpenAI's weights transposed.
+    """
     shapes = param_shapes(config)
     for name in shapes | params:
         tensor, shape = params.get(name), shapes.get(name, "absent")
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) and tensor.is_floating_point() else "absent"
         if found != shape:
-            raise ValueError(f"{source}: the parameter {name} has to be {shape}, but is {found}")
+            raise ValueError(f"the parameter {name} has to be {shape}, but is {found}")
     tensors: dict[tuple[int, torch.Size], Tensor] = {}  # two tensors in the same memory are one: weights are tied
-    return {name: tensors.setdefault((params[name].data_ptr(), params[name].shape), params[name]) for name in shapes}
+    return {name: tensors.setdefault((params[name].data_ptr(), params[name].shape), params[name].contiguous())
+            for name in shapes}
 
 
 @contextmanager
@@ -108,7 +112,7 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
             if archive.testzip() is not None:
                 raise ValueError
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception:  # whatever a foreign file makes the reader stumble over, it is no checkpoint
         raise ValueError(f"{path} is not a checkpoint, or it is damaged: nothing was loaded from it") from None
@@ -116,13 +120,12 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
         params = content.get("model_state_dict", content)
         params = {name: tensor for name, tensor in params.items() if not name.endswith(".att.mask")}
         config = Config(**content["config"]) if "config" in content else infer_config(params, n_heads)
-        if n_heads not in (None, config.n_heads):
-            raise ValueError(f"{path}: the model has {config.n_heads} heads, not {n_heads}")
-        run = dict(content.get("run", {}))
-        optimizer = content.get("optimizer_state_dict")
-        params = check_params(params, config, path)
-        return Checkpoint(params, config, optimizer and read_adamw(optimizer, params), run)
-    except (AttributeError, IndexError, KeyError, TypeError):
+        params, optimizer = check_params(params, config), content.get("optimizer_state_dict")
+        opt_state = read_adamw(optimizer, params) if optimizer and optimizer["state"] else None  # {} before a step
+        return Checkpoint(params, config, opt_state, dict(content.get("run", {})))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
         raise ValueError(f"{path} is not a checkpoint of a GPT model") from None
 
 
@@ -153,15 +156,16 @@ def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = 
     folder = Path(models_dir) / size
     folder.mkdir(parents=True, exist_ok=True)
     for name in OPENAI_FILES:
-        url, pauses = f"{base_url.rstrip('/')}/{size}/{name}", iter(RETRY_PAUSES)
-        while not (folder / name).exists():
+        url = f"{base_url.rstrip('/')}/{size}/{name}"
+        for pause in () if (folder / name).exists() else (*RETRY_PAUSES, None):
             try:
                 download(url, folder / name)
+                break
             except requests.RequestException as error:
-                final = error.response is not None and error.response.status_code in (400, 401, 403, 404, 410)
-                pause = None if final else next(pauses, None)
-                if pause is None:
-                    known = error.response is not None or type(error) is requests.RequestException  # one of `download`
+                final = getattr(error.response, "status_code", None) in (400, 401, 403, 404, 410)
+                if pause is None or final or isinstance(error, ValueError):  # the last is a URL that makes no sense
+                    ours = type(error) is requests.RequestException  # raised by `download`
+                    known = ours or isinstance(error, (requests.HTTPError, ValueError))
                     reason = error if known else "there is no connection, or it broke"
                     raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: "
                                   f"put {', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
@@ -172,19 +176,22 @@ def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = 
 def download(url: str, path: Path) -> None:
     """Nothing: one attempt to fetch a file, which takes its name when it is whole; else requests.RequestException."""
     partial = Path(f"{path}.partial")
-    start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        if response.status_code == 416:  # there is nothing after what we have: it is not the server's file
+    start = max(0, partial.stat().st_size - 1) if partial.exists() else 0  # once more the last byte: it is surely there
+    headers = {"Accept-Encoding": "identity", "x-ms-version": "2019-12-12"}  # the version: else no ranges
+    with requests.get(url, headers=headers | ({"Range": f"bytes={start}-"} if start else {}), stream=True,
+                      timeout=30) as response:
+        if response.status_code == 416:  # what we have is longer than the server's file
             partial.unlink()
         response.raise_for_status()
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise requests.RequestException("a web page came in place of the file")
         start = start if response.status_code == 206 else 0  # else the server sends the whole, whatever was asked
-        length, md5 = response.headers.get("Content-Length"), response.headers.get("Content-MD5")
+        length, md5 = response.headers.get("Content-Length"), response.headers.get("x-ms-blob-content-md5")
+        md5 = md5 if start else response.headers.get("Content-MD5")  # which is that of what is sent
         total = start + int(length) if length else None
-        with open(partial, "ab" if start else "wb") as file, tqdm(
+        with open(partial, "r+b" if start else "wb") as file, tqdm(
                 desc=path.name, initial=start, total=total, unit="B", unit_scale=True) as bar:
+            file.seek(start)
             for chunk in response.iter_content(chunk_size=2**13):  # all that a broken connection can lose
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -219,7 +226,7 @@ def load_openai(folder: str | Path) -> tuple[Params, Config]:
                         n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'hparams.json'} is damaged ({error!r}): delete it to download it again") from None
-    params = check_params(read_openai(folder, config), config, folder)
+    params = check_params(read_openai(folder, config), config)
     with suppress(OSError):  # a folder that can't be written to costs time at the next start, nothing else
         save_checkpoint(converted, params, config, source=source)
     return params, config
@@ -242,8 +249,7 @@ def read_openai(folder: Path, config: Config) -> Params:
             if tuple(shapes.get(variable, ())) != shape:
                 raise ValueError(f"{folder / 'model.ckpt'}: {variable} has to be {shape} for hparams.json, but is "
                                  + (str(tuple(shapes[variable])) if variable in shapes else "missing"))
-            array: np.ndarray = reader.get_tensor(variable)
-            return array
+            return np.asarray(reader.get_tensor(variable))
         if f"model/h{config.n_layers}/ln_1/g" in shapes:
             raise ValueError(f"{folder / 'model.ckpt'}: has more blocks than n_layer {config.n_layers} of hparams.json")
         return convert_openai(read, config)
