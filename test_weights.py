@@ -313,6 +313,23 @@ def test_both_command_lines_start_from_what_openai_published(tmp_path, monkeypat
     assert params["out_head.weight"] is params["tok_emb.weight"]
 
 
+@pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes 15 s: set LONG_TESTS=1")
+def test_of_two_processes_the_first_alone_downloads(tmp_path):
+    hparams = SMALL | dict(n_vocab=50257, n_ctx=300)
+    write_checkpoint(tmp_path / "published" / "355M", hparams, openai_variables(hparams))
+    server = Server(tmp_path / "published")
+    options = ["--data", str(HERE / "the-verdict.txt"), "--epochs", "0",
+               "--weights", "openai", "--size", "355M", "--base-url", server.url]
+    try:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                               str(HERE / "train.py"), *options], cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+    assert done.returncode == 0 and done.stdout.count("Training loss") == 1
+    assert [name for name, _ in server.requests] == list(weights.OPENAI_FILES)
+
+
 # Downloading
 
 def test_a_finished_file_is_not_fetched_again(server, tmp_path):

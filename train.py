@@ -54,7 +54,7 @@ class Settings(NamedTuple):
     start_context: str = "Every effort moves you"
     save_every: int = 0
     dtype: str = "float32"
-    context_length: int = 256  # tokens in a window
+    context_length: int = 256  # tokens in a window; the model may be able to see more
 
 
 DEFAULTS = asdict(GPT_CONFIG_124M) | Settings()._asdict()
@@ -355,8 +355,8 @@ def build_parser() -> argparse.ArgumentParser:
 def settle(given: dict[str, Any], loaded: Checkpoint | None, source: str) -> tuple[Settings, Config]:
     """What decides a run: each option as given, or else as in what was loaded from source, or else as in the chapter.
 
-    ValueError for an option that contradicts what was loaded: of a model, only drop_rate can be changed; its windows
-    may be shorter than its context; a run that goes on keeps its windows and batches.
+    ValueError for an option that contradicts what was loaded: of a model, only drop_rate can be changed; windows may be
+    shorter than its context; a run that goes on keeps its windows, its batches and its seed.
     """
     kept, fixed = DEFAULTS, list[str]()
     if loaded is not None:
