@@ -116,6 +116,19 @@ def test_the_log_is_on_standard_output_and_the_bar_on_standard_error(command):
     assert "tokens/s" in errors and "Ep 1" not in errors
     assert sorted(path.name for path in Path().iterdir()) == ["loss.png", "model.pth"]
     assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+    evaluations = load_checkpoint("model.pth").run["progress"]["evaluations"]
+    assert [tokens for tokens, *_ in evaluations] == [10 * 16, 6 * 10 * 16]
+
+
+def test_the_losses_are_drawn_against_epochs_and_tokens_seen(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    train.plot_losses([(512, 9.8, 9.9), (9216, 8.1, 8.3)], 4608, tmp_path / "loss.png")
+    axes = drawn[0].axes[0]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[512 / 4608, 9.8], [2, 8.1]], [[512 / 4608, 9.9], [2, 8.3]]]
+    drawn[0].canvas.draw()
+    assert axes.child_axes[0].get_xlim() == pytest.approx([4608 * x for x in axes.get_xlim()])
 
 
 def test_no_epochs_print_the_losses_and_write_nothing(command):
@@ -380,6 +393,7 @@ TRAIN_MISTAKES = [
     (["--resume", "--seed", "4"], "--seed 4 contradicts"),
     (["--resume", "--train-ratio", "0.5"], "--train-ratio 0.5 contradicts"), (["--resume", "--qkv-bias"], "--qkv-bias"),
     (["--resume", "--context-length", "32"], "--context-length 32 contradicts"),
+    (["--resume", "--context-length", "8"], "--context-length 8 contradicts"),
     (["--resume", "--batch-size", "3", "--epochs", "9"], "--batch-size 3 contradicts model.pth: 10"),
     (["--resume", "--data", "other.txt", "--epochs", "9"], "made with other data"),
     (["--device", "cuda:x"], "no device 'cuda:x'"),
