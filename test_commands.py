@@ -127,7 +127,7 @@ def test_the_losses_are_drawn_against_epochs_and_tokens_seen(monkeypatch, tmp_pa
     axes = drawn[0].axes[0]
     assert [line.get_xydata().tolist() for line in axes.lines] == [
         [[512 / 4608, 9.8], [2, 8.1]], [[512 / 4608, 9.9], [2, 8.3]]]
-    drawn[0].canvas.draw()
+    drawn[0].draw_without_rendering()
     assert axes.child_axes[0].get_xlim() == pytest.approx([4608 * x for x in axes.get_xlim()])
 
 
