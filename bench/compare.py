@@ -1,7 +1,7 @@
 """Times this project beside what its users would pick instead, in one run: `python bench/compare.py KIND`
 
     train    one training step, GPT-2 124M, 2 x 256 tokens, dropout 0.1
-    decode   one sequence, 200 new tokens, top-k 50
+    decode   one sequence, 200 new tokens, top-k 50; read-fp32 reads the bytes that a float32 token needs, and adds them
     rows     8 sequences together beside one, seconds for each token of each
     growth   the 900th new token beside the 100th
     prompt   a prompt of 1000 tokens and the token after it
@@ -38,7 +38,7 @@ THREADS = os.environ.get("BENCH_THREADS", "2")
 NEW, PROMPT = 200, 8  # tokens, in `decode` and `rows`
 CONTESTANTS = {
     "train": ["ours-fp32", "ours-bf16", "book", "book-fused", "book-fast-fused", "hf-fused", "book-fused-bf16"],
-    "decode": ["ours-fp32", "ours-bf16", "book", "hf-fp32", "hf-bf16", "ct2-fp32", "ct2-int8"],
+    "decode": ["ours-fp32", "ours-bf16", "book", "hf-fp32", "hf-bf16", "ct2-fp32", "ct2-int8", "read-fp32"],
     "rows": ["ours-1", "ours-8"],
     "growth": ["ours-100th", "ours-900th"],
     "prompt": ["ours-fp32", "hf-fp32"],
@@ -122,6 +122,10 @@ def decode(name: str) -> float:
     import torch
     torch.manual_seed(0)
     ids = torch.randint(0, 50257, (1, PROMPT))
+    if name == "read-fp32":
+        count = sum(tensor.numel() for key, tensor in ours()[0].items() if "_emb." not in key)
+        weights = torch.ones(count)
+        return repeated(lambda: weights.sum(), 2, 20)
     if name.startswith("ours"):
         params, config, generate = ours("bfloat16" if name.endswith("bf16") else "float32")
         generator = torch.Generator().manual_seed(1)
