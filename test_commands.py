@@ -400,6 +400,8 @@ TRAIN_MISTAKES = [
     ([*SMALL, "--checkpoint", "absent/model.pth"], "absent/model.pth", "No such file"),
     ([*SMALL, "--checkpoint", "empty.txt/model.pth"], "empty.txt/model.pth", "Not a directory"),
     ([*SMALL, "--checkpoint", "folder"], "folder is a directory"),
+    ([*SMALL, "--checkpoint", "pipe"], "pipe is a directory or a device"),
+    ([*SMALL, "--plot", "pipe.png"], "pipe.png is a directory or a device"),
     ([*SMALL, "--checkpoint", "latin1.txt"], "latin1.txt", "will not be overwritten"),
     ([*SMALL, "--plot", "absent/loss.png"], "absent/loss.png"),
     ([*SMALL, "--plot", "loss.txt"], "loss.txt must end in"),
@@ -428,6 +430,8 @@ def litter(tmp_path_factory):
     """The files that the mistakes are made with; no test changes them."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.png")
     contents = {"empty.txt": b" \n", "latin1.txt": "naïve".encode("latin-1"), "binary.bin": bytes(range(256)),
                 "zeros.txt": b"a\0b", "short.txt": b"Too short. " * 9, "other.txt": b"Another text. " * 900}
     for name, content in contents.items():

@@ -388,8 +388,8 @@ def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Para
     if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
         raise ValueError(f"--checkpoint {checkpoint} is there and is no checkpoint: it will not be overwritten")
     for path in (checkpoint, plot):
-        if path.is_dir():
-            raise ValueError(f"{path} is a directory, not a file to write")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a directory or a device, not a file to write")
         with open(f"{path}.partial", "wb"):
             os.remove(f"{path}.partial")
     needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
