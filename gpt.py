@@ -206,11 +206,11 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out)."""
     packed = weight.is_mkldnn  # by `pack`
     # For 2 to 15 tokens both are as fast, and the last digits of section 5.1.2 are those of PyTorch's own rounding.
-    slow = x.device.type == "cpu" and x.dtype == torch.float32 and not 1 < x.shape[1] < 16
-    if packed or (slow and ONEDNN and not torch.is_grad_enabled()):
+    better = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not 1 < x.shape[1] < 16
+    if packed or (better and not torch.is_grad_enabled()):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation after it
         return product
-    if slow and ONEDNN:  # the form that autograd sees through; it copies x and the product
+    if better:  # the form that autograd sees through; it copies x and the product
         return F.linear(x.to_mkldnn(), weight, bias).to_dense()
     return F.linear(x, weight, bias)
 

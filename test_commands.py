@@ -209,12 +209,13 @@ def start(*arguments, cwd):
                              *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, signum, status):
     with start(cwd=tmp_path) as process:
         assert process.stdout.readline().startswith("Ep 1")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signum)
         _, errors = process.communicate()
-    assert process.returncode == 143 and "Traceback" not in errors
+    assert process.returncode == status and "Traceback" not in errors
     assert "--resume --checkpoint model.pth` goes on" in errors
     assert load_checkpoint(tmp_path / "model.pth").run["progress"]["step"] >= 1
 

@@ -651,7 +651,7 @@ for value in range(1, 10**6):
 def test_a_process_killed_while_saving_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     path, rng = tmp_path / "a.pth", random.Random(0)
     during = 0
-    for _ in range(100 if os.environ.get("LONG_TESTS") else 2):
+    for _ in range(100 if os.environ.get("LONG_TESTS") else 5):
         saver = subprocess.Popen([sys.executable, "-c", SAVER, path], cwd=HERE, stdout=subprocess.PIPE, text=True)
         for line in saver.stdout:
             if int(line) == 3:

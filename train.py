@@ -399,6 +399,17 @@ def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Para
         raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
+def keep(checkpoint: str) -> None:
+    """Nothing: gives a file that a new run will replace a second name, `.old`."""
+    old = Path(f"{checkpoint}.old")
+    old.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, old)
+    except OSError:  # this file system has no second names
+        shutil.copyfile(checkpoint, old)
+    print(f"{checkpoint} is there: it is kept as {old}", file=sys.stderr)
+
+
 def main() -> int:
     """The exit status of `python train.py`."""
     tune_allocator()
@@ -466,17 +477,6 @@ def main() -> int:
         paths = f"--checkpoint {args.checkpoint}" + (f" --plot {args.plot}" if args.plot != "loss.png" else "")
         print(f"stopped after step {progress.step - 1}: `python train.py --resume {paths}` goes on", file=sys.stderr)
     return 128 + stop if stop else 0
-
-
-def keep(checkpoint: str) -> None:
-    """Nothing: gives a file that a new run will replace a second name, `.old`."""
-    old = Path(f"{checkpoint}.old")
-    old.unlink(missing_ok=True)
-    try:
-        os.link(checkpoint, old)
-    except OSError:  # this file system has no second names
-        shutil.copyfile(checkpoint, old)
-    print(f"{checkpoint} is there: it is kept as {old}", file=sys.stderr)
 
 
 if __name__ == "__main__":
