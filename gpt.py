@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
+EMBEDDINGS = ("tok_emb.weight", "pos_emb.weight")  # tables to look rows up in; other matrices are multiplied by
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def init_params(config: Config, generator: torch.Generator) -> Params:
     for name, shape in param_shapes(config).items():
         if name.endswith(("scale", "shift")):
             params[name] = torch.full(shape, 1.0 if name.endswith("scale") else 0.0)
-        elif name.endswith("emb.weight"):
+        elif name in EMBEDDINGS:
             params[name] = torch.empty(shape).normal_(generator=generator)
         else:
             fan_in = shape[-1] if name.endswith("weight") else fan_in  # a bias comes after its weight, with its range
@@ -159,11 +160,17 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
     if start and end > start + 1:
         raise ValueError("after the first call a cache takes one token at a time")
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # embeddings may stay float32
+    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # EMBEDDINGS may stay float32
     for i in range(config.n_layers):
         past = None if cache is None else Cache(cache.keys_values[i], start)
         x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
     return layer_norm(x, params, "final_norm")
+
+
+def output_head(x: Tensor, params: Params) -> Tensor:
+    """Logits (B, T, V) from x (B, T, E), in float32 at least: a softmax over V entries needs the digits."""
+    logits = linear(x, params, "out_head")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None) -> Tensor:
@@ -172,14 +179,14 @@ def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.
     token_ids (B, T) are integers below V. There is dropout, at config.drop_rate, if and only if a generator is passed.
     ValueError when T is more than context_length.
     """
-    return linear(hidden_states(params, token_ids, config, generator), params, "out_head")
+    return output_head(hidden_states(params, token_ids, config, generator), params)
 
 
 def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
               generator: torch.Generator | None = None) -> Tensor:
     """Mean cross-entropy, in nats a token, of the targets (B, T) given the inputs (B, T): a scalar (section 5.1.2)."""
-    logits = forward(params, inputs, config, generator).flatten(0, 1)  # (B * T, V)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+    logits = forward(params, inputs, config, generator)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V) and (B * T,)
 
 
 def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
@@ -194,7 +201,7 @@ def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache)
     token_ids (B, T) are a whole prompt when the cache is empty, and one token (T = 1) after that.
     """
     x = hidden_states(params, token_ids, config, cache=cache)
-    return linear(x[:, -1:], params, "out_head")[:, 0], cache._replace(length=cache.length + token_ids.shape[1])
+    return output_head(x[:, -1:], params)[:, 0], cache._replace(length=cache.length + token_ids.shape[1])
 
 
 # Nearly all of the time goes into one operation, the product with a weight. What follows is F.linear, computed by a
@@ -224,4 +231,4 @@ def pack(params: Params) -> Params:
         return params
     return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1)
             if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.ndim == 2
-            and "_emb." not in name and not tensor.is_mkldnn else tensor for name, tensor in params.items()}
+            and name not in EMBEDDINGS and not tensor.is_mkldnn else tensor for name, tensor in params.items()}

@@ -118,7 +118,7 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
         if cache.length == config.context_length:  # the window slides: its tokens have new positions, read all again
             cache, unread = cache._replace(length=0), window
         logits, cache = next_logits(params, unread, config, cache)
-        unread = next_token(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature, top_k, generator)
+        unread = next_token(logits, temperature, top_k, generator)
         if eos_id is not None:
             ended = ended | (unread == eos_id)
             if ended.all():

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -54,7 +53,7 @@ def stop_after(monkeypatch):
                 caught.append(signum)
             return step(*arguments, **options)
         monkeypatch.setattr(train, "train_step", counted)
-        monkeypatch.setattr(train, "catch_signals", lambda: nullcontext(caught))
+        monkeypatch.setattr(train, "catch_signals", lambda: caught)
     return arrange
 
 
@@ -78,7 +77,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_straight_through(command, 
         status, first, errors = command("train.py", *options)
     assert status == 130 and "python train.py --resume --checkpoint model.pth" in errors
     assert load_checkpoint("model.pth").run["progress"]["step"] == k
-    monkeypatch.setattr(train, "catch_signals", lambda: nullcontext([]))
+    monkeypatch.setattr(train, "catch_signals", list)
     status, rest, _ = command("train.py", "--resume")
     assert status == 0 and first + rest == straight
     (one, *others), (two, *same) = state("straight.pth"), state("model.pth")
@@ -90,8 +89,11 @@ def test_epochs_are_the_total_also_with_resume(command):
     _, first, _ = command("train.py", *SMALL, "--epochs", "1")
     status, rest, _ = command("train.py", "--resume", "--epochs", "3")
     assert status == 0 and first + rest == whole
+    picture = Path("loss.png").read_bytes()
+    Path("loss.png").unlink()
     status, nothing, errors = command("train.py", "--resume")
     assert (status, nothing) == (0, "") and "--epochs" in errors
+    assert Path("loss.png").read_bytes() == picture  # it is drawn again
 
 
 def test_sigterm_exits_143(command, stop_after):
@@ -230,12 +232,10 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_after_the_first_signal_the_second_is_the_systems_own(command):
-    before = signal.getsignal(signal.SIGINT)
-    with train.catch_signals() as caught:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert caught == [signal.SIGINT]
-        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == before
+    caught = train.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert caught == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):

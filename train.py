@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -32,7 +33,7 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import sample
-from gpt import GPT_CONFIG_124M, Config, Params, calc_loss, init_params
+from gpt import EMBEDDINGS, GPT_CONFIG_124M, Config, Params, calc_loss, init_params
 from sample import END_OF_TEXT, cast, generate, number, text_to_token_ids, token_ids_to_text
 from weights import Checkpoint, OptState, save_checkpoint, write_atomically
 
@@ -181,8 +182,7 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     """
     names = {id(tensor): name for name, tensor in params.items()}  # tied parameters are one tensor: it goes by the last
     leaves = {key: params[name].detach().requires_grad_() for key, name in names.items()}  # what autograd follows
-    # Embeddings need no cast: a lookup reads a few rows of a table, a cast would copy all of it.
-    computed = {name: leaves[id(tensor)] if "_emb." in name else leaves[id(tensor)].to(dtype)
+    computed = {name: leaves[id(tensor)] if name in EMBEDDINGS else leaves[id(tensor)].to(dtype)  # a cast copies all
                 for name, tensor in params.items()}
     loss = calc_loss(computed, inputs, targets, config, generator)
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
@@ -235,21 +235,17 @@ def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoc
         figure.savefig(file, format=Path(path).suffix[1:])
 
 
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
+def catch_signals() -> list[int]:
     """A list that will hold the first Ctrl-C or SIGTERM to come; a second one ends the process at once."""
     caught: list[int] = []
 
     def handle(signum: int, _frame: Any) -> None:
         caught.append(signum)
-        for each in before:
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, handle)
+    return caught
 
 
 @contextmanager
@@ -265,8 +261,8 @@ def heard(bar: tqdm, signals: list[int]) -> Iterator[None]:
 
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
           tokenizer: tiktoken.Encoding, generator: torch.Generator, settings: Settings, rank: int, world_size: int,
-          save: Callable[[Params, OptState, Progress], None]) -> tuple[Progress, int]:
-    """How far training came, and the signal that ended it early or 0; prints the chapter's log (section 5.2).
+          signals: list[int], save: Callable[[Params, OptState, Progress], None]) -> Progress:
+    """How far training came, to the end or until there is a signal in the list; prints the chapter's log (section 5.2).
 
     The trained parameters go to `save`: at the end, when interrupted, and every `save_every` steps. This is process
     `rank` of `world_size`, each of which takes its part of every batch; process 0 alone saves, evaluates and prints.
@@ -280,10 +276,9 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
         return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if world_size > 1 else value
     steps_per_epoch, rows = len(windows[0]) // settings.batch_size, settings.batch_size // world_size
     total, batch_tokens = settings.epochs * steps_per_epoch, settings.batch_size * settings.context_length
-    order, stop = progress.order, 0
-    with catch_signals() as signals, tqdm(
-            desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
-            unit_scale=True, disable=not leader) as bar:
+    order = progress.order
+    with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
+              unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
             epoch, index = divmod(step, steps_per_epoch)
             if index == 0 or order is None:
@@ -310,14 +305,14 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
                 text = token_ids_to_text(generate(cast(params, dtype), prompt, config, 50), tokenizer)
                 with heard(bar, signals):
                     tqdm.write(text.replace("\n", " "), file=sys.stdout)
-            stop = int(shared(torch.tensor(signals[0] if signals else 0)))
+            stop = shared(torch.tensor(len(signals))).item()
             progress = progress._replace(step=step + 1, order=order)
             saving = settings.save_every and (step + 1) % settings.save_every == 0
             if leader and (stop or saving or step + 1 == total):
                 save(params, opt_state, progress._replace(generator=generator.get_state()))
             if stop:
                 break
-    return progress, stop if progress.step < total else 0
+    return progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -399,6 +394,19 @@ def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Para
         raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
+def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
+    """This process's device, its number, its number on its machine, and how many there are, as torchrun has set it.
+
+    Without torchrun: the device as given, 0, 0 and 1. With it, processes that are to use cuda have one device each.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if world_size > 1:
+        device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, local_rank, world_size
+
+
 def keep(checkpoint: str) -> None:
     """Nothing: gives a file that a new run will replace a second name, `.old`."""
     old = Path(f"{checkpoint}.old")
@@ -419,12 +427,7 @@ def main() -> int:
     if args.resume and args.weights:
         raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
     device, tokenizer = sample.pick_device(args.device), sample.gpt2_tokenizer()
-    rank, local_rank, world_size = (  # torchrun's
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if world_size > 1:
-        device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
+    device, rank, local_rank, world_size = join_processes(device)
     source, loaded = args.checkpoint if args.resume else args.weights, None
     for turn in range(3):  # the first process of all downloads, then the first on each machine; the others find it
         if source and turn == (rank > 0) + (local_rank > 0):
@@ -454,10 +457,10 @@ def main() -> int:
             print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
     steps_per_epoch = len(windows[0]) // settings.batch_size
-    if progress.step >= settings.epochs * steps_per_epoch:
-        print(f"{source} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
-        return 0
+    total = settings.epochs * steps_per_epoch
     if rank == 0:
+        if progress.step >= total:
+            print(f"{source} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
         check_outputs(Path(args.checkpoint), Path(args.plot), settings, params)
         if not run and os.path.exists(args.checkpoint):  # it is not the beginning of this run
             keep(args.checkpoint)
@@ -468,15 +471,16 @@ def main() -> int:
     params = cast(params, torch.float32, device)
     opt_state = opt_state or init_optimizer(params)
     moments = {key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}
-    progress, stop = train(params, {"step": opt_state["step"].to(device), **moments}, config, progress, windows,
-                           tokenizer, generator, settings, rank, world_size, save)
+    signals = catch_signals()
+    progress = train(params, {"step": opt_state["step"].to(device), **moments}, config, progress, windows, tokenizer,
+                     generator, settings, rank, world_size, signals, save)
     if rank == 0 and progress.evaluations:
         tokens_per_epoch = steps_per_epoch * settings.batch_size * settings.context_length
         plot_losses(progress.evaluations, tokens_per_epoch, args.plot)
-    if rank == 0 and stop:
-        paths = f"--checkpoint {args.checkpoint}" + (f" --plot {args.plot}" if args.plot != "loss.png" else "")
-        print(f"stopped after step {progress.step - 1}: `python train.py --resume {paths}` goes on", file=sys.stderr)
-    return 128 + stop if stop else 0
+    if rank == 0 and progress.step < total:
+        options = shlex.join(["--checkpoint", args.checkpoint] + ["--plot", args.plot] * (args.plot != "loss.png"))
+        print(f"stopped after step {progress.step - 1}: `python train.py --resume {options}` goes on", file=sys.stderr)
+    return 128 + signals[0] if signals else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,10 @@ OptState = dict[str, Any]  # {"step": scalar, "exp_avg": Params, "exp_avg_sq": P
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
 OPENAI_FILES = ("hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001")
+OPENAI_NAMES = {"trf_blocks.": "h", "tok_emb.weight": "wte", "pos_emb.weight": "wpe", "final_norm": "ln_f",
+                ".norm1": "/ln_1", ".norm2": "/ln_2", ".att.W_query": "/attn/c_attn", ".att.W_key": "/attn/c_attn",
+                ".att.W_value": "/attn/c_attn", ".att.out_proj": "/attn/c_proj", ".ff.layers.0": "/mlp/c_fc",
+                ".ff.layers.2": "/mlp/c_proj", ".weight": "/w", ".bias": "/b", ".scale": "/g", ".shift": "/b"}
 RETRY_PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt of a download that broke
 
 
@@ -220,42 +224,41 @@ def load_openai(folder: str | Path) -> tuple[Params, Config]:
         cached = load_checkpoint(converted)
         if cached.run.get("source") == source:
             return cached.params, cached.config
-    try:
-        hparams = json.loads((folder / "hparams.json").read_bytes())
-        config = Config(vocab_size=hparams["n_vocab"], context_length=hparams["n_ctx"], emb_dim=hparams["n_embd"],
-                        n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'hparams.json'} is damaged ({error!r}): delete it to download it again") from None
-    params = check_params(read_openai(folder, config), config)
+    params, config = read_openai(folder)
     with suppress(OSError):  # a folder that can't be written to costs time at the next start, nothing else
         save_checkpoint(converted, params, config, source=source)
     return params, config
 
 
-def read_openai(folder: Path, config: Config) -> Params:
-    """OpenAI's parameters, read by tensorflow and renamed; ValueError as in `load_openai`."""
+def read_openai(folder: Path) -> tuple[Params, Config]:
+    """OpenAI's parameters under our names, read by tensorflow, and their configuration; errors as in `load_openai`."""
     try:
         with quiet_stderr():
             import tensorflow as tf
             tf.config.set_visible_devices([], "GPU")
     except ImportError:
         raise ValueError("reading OpenAI's checkpoints takes tensorflow: pip install -r requirements.txt") from None
-    damaged = OPENAI_FILES[1]
+    reading, index, data = OPENAI_FILES
     try:
+        hparams = json.loads((folder / reading).read_bytes())
+        config = Config(vocab_size=hparams["n_vocab"], context_length=hparams["n_ctx"], emb_dim=hparams["n_embd"],
+                        n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
+        variables = {name: openai_variable(name) for name in param_shapes(config) if name != "out_head.weight"}
+        reading = index
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-        shapes, damaged = reader.get_variable_to_shape_map(), OPENAI_FILES[2]
-
-        def read(variable: str, *shape: int) -> np.ndarray:
-            if tuple(shapes.get(variable, ())) != shape:
-                raise ValueError(f"{folder / 'model.ckpt'}: {variable} has to be {shape} for hparams.json, but is "
-                                 + (str(tuple(shapes[variable])) if variable in shapes else "missing"))
-            return np.asarray(reader.get_tensor(variable))
-        if f"model/h{config.n_layers}/ln_1/g" in shapes:
-            raise ValueError(f"{folder / 'model.ckpt'}: has more blocks than n_layer {config.n_layers} of hparams.json")
-        return convert_openai(read, config)
-    except (tf.errors.OpError, UnicodeDecodeError, RuntimeError, IndexError) as error:
-        damaged = OPENAI_FILES[2] if "data-00000" in str(error) else damaged
+        there = set(reader.get_variable_to_shape_map())
+        reading = data
+        params = {name: our_layout(name, reader.get_tensor(variable)) for name, variable in variables.items()
+                  if variable in there}
+    except (tf.errors.OpError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        damaged = data if data in str(error) else reading  # that the data file is cut is noticed with the index
         raise ValueError(f"{folder / damaged} is damaged: delete it to download it again") from None
+    try:
+        if wrong := there ^ set(variables.values()):
+            raise ValueError(f"{min(wrong)} is {'more than is told there' if min(wrong) in there else 'missing'}")
+        return check_params(params | {"out_head.weight": params["tok_emb.weight"]}, config), config
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model.ckpt'} does not fit hparams.json: {error}") from None
 
 
 @contextmanager
@@ -271,30 +274,18 @@ def quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def convert_openai(read: Callable[..., np.ndarray], config: Config) -> Params:
-    """Our parameters out of OpenAI's variables, each fetched by read(name, *shape) (section 5.5)."""
-    E = config.emb_dim
-    params = {"tok_emb.weight": torch.from_numpy(read("model/wte", config.vocab_size, E)),
-              "pos_emb.weight": torch.from_numpy(read("model/wpe", config.context_length, E))}
-    params["out_head.weight"] = params["tok_emb.weight"]
+def openai_variable(name: str) -> str:
+    """The variable in which OpenAI keeps our parameter of that name; query, key and value share one (section 5.5)."""
+    for ours, theirs in OPENAI_NAMES.items():
+        name = name.replace(ours, theirs)
+    return f"model/{name}"
 
-    def linear(name: str, variable: str, fan_in: int, fan_out: int, parts: tuple[str, ...] = ("",)) -> None:
-        weight, bias = read(f"{variable}/w", 1, fan_in, fan_out)[0], read(f"{variable}/b", fan_out)  # stored (in, out)
-        for part, w, b in zip(parts, np.split(weight, len(parts), axis=1), np.split(bias, len(parts)), strict=True):
-            params[f"{name}{part}.weight"] = torch.from_numpy(np.ascontiguousarray(w.T))
-            params[f"{name}{part}.bias"] = torch.from_numpy(b.copy())
 
-    def norm(name: str, variable: str) -> None:
-        params[f"{name}.scale"] = torch.from_numpy(read(f"{variable}/g", E))
-        params[f"{name}.shift"] = torch.from_numpy(read(f"{variable}/b", E))
-
-    for i in range(config.n_layers):
-        block, variable = f"trf_blocks.{i}", f"model/h{i}"
-        linear(f"{block}.att.", f"{variable}/attn/c_attn", E, 3 * E, ("W_query", "W_key", "W_value"))
-        linear(f"{block}.att.out_proj", f"{variable}/attn/c_proj", E, E)
-        linear(f"{block}.ff.layers.0", f"{variable}/mlp/c_fc", E, 4 * E)
-        linear(f"{block}.ff.layers.2", f"{variable}/mlp/c_proj", 4 * E, E)
-        norm(f"{block}.norm1", f"{variable}/ln_1")
-        norm(f"{block}.norm2", f"{variable}/ln_2")
-    norm("final_norm", "model/ln_f")
-    return params
+def our_layout(name: str, value: np.ndarray) -> Tensor:
+    """Our parameter of that name, out of the value of OpenAI's variable (section 5.5)."""
+    for i, part in enumerate(("W_query", "W_key", "W_value")):
+        if part in name:
+            value = np.array_split(value, 3, axis=-1)[i]
+    if value.ndim == 3:
+        value = value[0].T  # of a linear layer: (1, in, out)
+    return torch.from_numpy(np.ascontiguousarray(value))
