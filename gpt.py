@@ -1,8 +1,11 @@
 """GPT-2 as pure functions over a flat dict of parameters.
 
 `forward` embeds the tokens, applies `transformer_block` n_layers times and scores every vocabulary entry as the next
-token. Nothing is remembered between calls: the same arguments, a generator's state among them, give the same result.
-A function writes into what it is given only where its docstring says so. Docstrings begin with what is returned.
+token. Each function gets all the parameters and the `prefix` of those it uses: "trf_blocks.3.att", as in a state_dict.
+
+Nothing is remembered between calls: the same arguments, a generator's state among them, give the same result. What is
+drawn from a generator moves it on; beyond that, a function writes into its arguments only where its docstring says so.
+A docstring begins with what is returned, or else done.
 
 Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
 """
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
-EMBEDDINGS = ("tok_emb.weight", "pos_emb.weight")  # tables to look rows up in; other matrices are multiplied by
+EMBEDDINGS = ("tok_emb.weight", "pos_emb.weight")  # only looked up, never multiplied
 
 
 @dataclass(frozen=True)
@@ -83,24 +86,30 @@ def init_params(config: Config, generator: torch.Generator) -> Params:
     return params
 
 
+def cast(params: Params, dtype: torch.dtype, device: torch.device | None = None) -> Params:
+    """The parameters in another type or place; tied ones stay tied. Those already there are returned as they are."""
+    moved = {id(tensor): tensor.to(device=device, dtype=dtype) for tensor in params.values()}
+    return {name: moved[id(tensor)] for name, tensor in params.items()}
+
+
 class Cache(NamedTuple):
     """The keys and values of the tokens read so far, so that the next token needs only its own.
 
     The buffer has room for more tokens. Growing a cache writes into that room: the cache it grew from still holds what
     it held, but of two caches grown from the same one only the later is right.
     """
-    keys_values: Tensor  # (n_layers, 2, B, H, room, D), of which `length` tokens are in use; in a block (2, B, ...)
-    length: int
+    keys_values: Tensor  # (n_layers, 2, B, H, room, D); for `attention`, those of its block alone: (2, B, H, room, D)
+    length: int          # tokens in use, of the room
 
 
-def linear(x: Tensor, params: Params, name: str) -> Tensor:
+def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
     """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if it has one: (B, T, fan_out)."""
-    return matmul(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+    return matmul(x, params[f"{prefix}.weight"], params.get(f"{prefix}.bias"))
 
 
-def layer_norm(x: Tensor, params: Params, name: str) -> Tensor:
+def layer_norm(x: Tensor, params: Params, prefix: str) -> Tensor:
     """x (..., E) with mean 0 and variance 1 along its last axis, then scaled and shifted."""
-    scale, shift = params[f"{name}.scale"], params[f"{name}.shift"]
+    scale, shift = params[f"{prefix}.scale"], params[f"{prefix}.shift"]
     return F.layer_norm(x, scale.shape, scale, shift, eps=1e-5)
 
 
@@ -111,14 +120,14 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
     return torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate) * x
 
 
-def attention(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
+def attention(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
               past: Cache | None = None) -> Tensor:
     """Causal multi-head attention (B, T, E) over x (B, T, E) and, if T = 1, over the tokens in `past` before it.
 
     `past` is this block's part of a cache. The keys and values of x are written into its room.
     """
     B, T, E = x.shape
-    q, k, v = (linear(x, params, f"{name}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
+    q, k, v = (linear(x, params, f"{prefix}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
                for part in ("W_query", "W_key", "W_value"))
     if past is not None:
         end = past.length + T
@@ -130,20 +139,20 @@ def attention(x: Tensor, params: Params, name: str, config: Config, generator: t
         future = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu_(1)
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).add_(future).softmax(-1)  # (B, H, T, T)
         context = dropout(weights, config.drop_rate, generator) @ v
-    return linear(context.transpose(1, 2).reshape(B, T, E), params, f"{name}.out_proj")
+    return linear(context.transpose(1, 2).reshape(B, T, E), params, f"{prefix}.out_proj")
 
 
-def feed_forward(x: Tensor, params: Params, name: str) -> Tensor:
+def feed_forward(x: Tensor, params: Params, prefix: str) -> Tensor:
     """E -> 4 E -> E, with GELU in its tanh form between."""
-    return linear(F.gelu(linear(x, params, f"{name}.0"), approximate="tanh"), params, f"{name}.2")
+    return linear(F.gelu(linear(x, params, f"{prefix}.0"), approximate="tanh"), params, f"{prefix}.2")
 
 
-def transformer_block(x: Tensor, params: Params, name: str, config: Config, generator: torch.Generator | None = None,
+def transformer_block(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
                       past: Cache | None = None) -> Tensor:
-    """x (B, T, E) plus what attention, then what the feed-forward network, adds to it."""
-    attended = attention(layer_norm(x, params, f"{name}.norm1"), params, f"{name}.att", config, generator, past)
+    """x (B, T, E) plus what attention, which writes into `past`, then what the feed-forward network adds to it."""
+    attended = attention(layer_norm(x, params, f"{prefix}.norm1"), params, f"{prefix}.att", config, generator, past)
     x = x + dropout(attended, config.drop_rate, generator)
-    fed = feed_forward(layer_norm(x, params, f"{name}.norm2"), params, f"{name}.ff.layers")
+    fed = feed_forward(layer_norm(x, params, f"{prefix}.norm2"), params, f"{prefix}.ff.layers")
     return x + dropout(fed, config.drop_rate, generator)
 
 
@@ -160,9 +169,9 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
     if start and end > start + 1:
         raise ValueError("after the first call a cache takes one token at a time")
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # EMBEDDINGS may stay float32
+    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # train_step casts no EMBEDDINGS
     for i in range(config.n_layers):
-        past = None if cache is None else Cache(cache.keys_values[i], start)
+        past = None if cache is None else Cache(cache.keys_values[i], start)  # a view of the same buffer
         x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
     return layer_norm(x, params, "final_norm")
 
@@ -229,6 +238,9 @@ def pack(params: Params) -> Params:
     """
     if not ONEDNN or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return params
-    return {name: torch.ops.mkldnn._reorder_linear_weight(tensor, 1)
-            if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.ndim == 2
-            and name not in EMBEDDINGS and not tensor.is_mkldnn else tensor for name, tensor in params.items()}
+    packed = dict(params)
+    for name, tensor in params.items():
+        plain = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not tensor.is_mkldnn
+        if plain and tensor.ndim == 2 and name not in EMBEDDINGS:
+            packed[name] = torch.ops.mkldnn._reorder_linear_weight(tensor, 1)  # for 1 token at a time
+    return packed

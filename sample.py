@@ -1,6 +1,6 @@
 """Text in, text out: the tokenizer, temperature, top-k and generation. `python sample.py --help`
 
-A token is drawn in three steps: `keep_top_k`, `softmax_with_temperature`, `draw`. `stream` repeats them.
+`next_token` chooses a token by `keep_top_k`, `softmax_with_temperature` and `draw`; `stream` does so again and again.
 
 Axes: B batch, T tokens, V vocabulary.
 """
@@ -21,7 +21,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from gpt import GPT_CONFIG_124M, Config, Params, empty_cache, next_logits, pack
+from gpt import GPT_CONFIG_124M, Config, Params, cast, empty_cache, next_logits, pack
 from weights import OPENAI_SIZES, OPENAI_URL, Checkpoint, download_openai, load_checkpoint, load_openai
 
 END_OF_TEXT = "<|endoftext|>"
@@ -97,7 +97,7 @@ def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = Non
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if generator is None:
-        raise ValueError("a temperature above 0 needs a generator to draw from")
+        raise ValueError("a temperature that is not 0 needs a generator to draw from")
     return draw(softmax_with_temperature(logits, temperature), generator)
 
 
@@ -118,14 +118,14 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
         if cache.length == config.context_length:  # the window slides: its tokens have new positions, read all again
             cache, unread = cache._replace(length=0), window
         logits, cache = next_logits(params, unread, config, cache)
-        unread = next_token(logits, temperature, top_k, generator)
+        token = next_token(logits, temperature, top_k, generator)
         if eos_id is not None:
-            ended = ended | (unread == eos_id)
+            ended = ended | (token == eos_id)
             if ended.all():
                 return
-            unread = unread.masked_fill(ended, eos_id)
-        yield unread
-        window = torch.cat([window, unread], dim=1)[:, -config.context_length:]
+            token = token.masked_fill(ended, eos_id)
+        yield token
+        unread, window = token, torch.cat([window, token], dim=1)[:, -config.context_length:]
 
 
 def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
@@ -153,8 +153,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
-def add_weight_options(parser: argparse.ArgumentParser, weights: str | None, weights_help: str) -> None:
-    """Nothing: adds to the parser the options that both command lines share."""
+def add_shared_options(parser: argparse.ArgumentParser, weights: str | None, weights_help: str) -> None:
+    """Adds to the parser the options that both command lines share."""
     add = parser.add_argument
     add("--weights", default=weights, help=weights_help)
     add("--size", default="124M", help=f"OpenAI's model: {', '.join(OPENAI_SIZES)} (default: %(default)s)")
@@ -168,9 +168,9 @@ def add_weight_options(parser: argparse.ArgumentParser, weights: str | None, wei
 
 
 def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
-    """OpenAI's model if the name is `openai`, or else the checkpoint of that name; errors say what to do.
+    """OpenAI's model if the name is `openai`, or else the checkpoint of that name; ValueError if it is not to be had.
 
-    Of args, only the options of `add_weight_options` are used.
+    Of args, only the options of `add_shared_options` are used.
     """
     if name == "openai":
         loaded = Checkpoint(*load_openai(download_openai(args.size, args.models_dir, args.base_url)), None, {})
@@ -196,13 +196,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(there[0] if name == "auto" else name)
 
 
-def cast(params: Params, dtype: torch.dtype, device: torch.device | None = None) -> Params:
-    """The parameters in another type or place; tied ones stay tied. Those already there are returned as they are."""
-    moved = {id(tensor): tensor.to(device=device, dtype=dtype) for tensor in params.values()}
-    return {name: moved[id(tensor)] for name, tensor in params.items()}
-
-
-def run(command: Callable[[], int]) -> NoReturn:
+def run_command(command: Callable[[], int]) -> NoReturn:
     """Exits with the command's status; what the user did wrong, or the disk or network, is one line and status 2."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before the start
@@ -228,7 +222,7 @@ def run(command: Callable[[], int]) -> NoReturn:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line; without a usage, a mistake is reported in one line."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Continue a text with a GPT-2 model.")
-    add_weight_options(parser, "model.pth", "a checkpoint, or `openai` for the published GPT-2 (default: %(default)s)")
+    add_shared_options(parser, "model.pth", "a checkpoint, or `openai` for the published GPT-2 (default: %(default)s)")
     parser.add_argument("--prompt", default="Every effort moves you", help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=number(int, 0), default=25, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0,
@@ -262,4 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -34,7 +34,7 @@ def command(tmp_path, monkeypatch, capsys):
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            sample.run({"train.py": train.main, "sample.py": sample.main}[script])
+            sample.run_command({"train.py": train.main, "sample.py": sample.main}[script])
         return ended.value.code, *capsys.readouterr()
     yield run
     for each, handler in handlers.items():
@@ -63,7 +63,7 @@ def state(path):
     """All that the rest of a run depends on, flat."""
     params, config, opt_state, run = load_checkpoint(path)
     moments = {f"{key}.{name}": opt_state[key][name] for key in ("exp_avg", "exp_avg_sq") for name in params}
-    tensors = {key: run["progress"].pop(key) for key in ("generator", "order")}
+    tensors = {key: run["progress"].pop(key) for key in ("generator_state", "order")}
     return {**params, **moments, **tensors, "step": opt_state["step"]}, config, run["progress"]
 
 
@@ -153,7 +153,7 @@ def test_a_console_without_unicode_is_no_failure(command, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "naïve 你"])
     with pytest.raises(SystemExit) as ended:
-        sample.run(sample.main)
+        sample.run_command(sample.main)
     sys.stdout.seek(0)
     assert not ended.value.code and sys.stdout.read().startswith("naïve ?")
 
@@ -440,8 +440,9 @@ def litter(tmp_path_factory):
     config = train.Config(50257, 16, 8, 2, 1, 0.1, False)
     params = train.init_params(config, torch.Generator())
     settings = train.Settings([DATA[1]], train_ratio=0.2, epochs=1, batch_size=10, eval_iter=1, context_length=16)
-    save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params),
-                    progress=train.Progress("a hash")._asdict(), settings=settings._asdict())
+    progress = train.Progress("a hash", torch.Generator().get_state())
+    save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params), progress=progress._asdict(),
+                    settings=settings._asdict())
     tiny = train.Config(100, 64, 8, 2, 1, 0.1, False)
     save_checkpoint(folder / "small-vocabulary.pth", train.init_params(tiny, torch.Generator()), tiny)
     return folder

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import gpt
 import train
-from gpt import GPT_CONFIG_124M, Config, calc_loss, forward, init_params
-from sample import cast, generate, gpt2_tokenizer, text_to_token_ids, token_ids_to_text
+from gpt import GPT_CONFIG_124M, Config, calc_loss, cast, forward, init_params
+from sample import generate, gpt2_tokenizer, text_to_token_ids, token_ids_to_text
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
 LONG = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
-HERE = Path(__file__).parent
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
 TINY = Config(vocab_size=31, context_length=12, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.3, qkv_bias=True)
 INPUTS = torch.tensor([[16833, 3626, 6100], [40, 1107, 588]])    # "every effort moves", "I really like"
 TARGETS = torch.tensor([[3626, 6100, 345], [1107, 588, 11311]])  # " effort moves you", " really like chocolate"
@@ -144,8 +144,8 @@ def test_the_verdict_has_20479_characters_and_5145_tokens(verdict, tokenizer):
 
 
 def test_the_losses_of_the_untrained_model_are_the_chapters(untrained, windows):
-    assert len(list(train.batches(windows[0], 2, seeded(), shuffle=True))) == 9
-    assert len(list(train.batches(windows[1], 2, seeded(), shuffle=False))) == 1
+    assert len(list(train.batches(windows[0], 2, seeded(), True, CPU))) == 9
+    assert len(list(train.batches(windows[1], 2, seeded(), False, CPU))) == 1
     losses = train.evaluate_model(untrained, *windows, 2, GPT_CONFIG_124M, seeded())
     assert losses == pytest.approx((10.98758, 10.98110), abs=1e-5)
 
@@ -156,7 +156,7 @@ def test_windows_start_where_the_chapters_do_and_targets_are_one_later(n, length
     windows = train.make_windows(tokens, length)
     assert [int(w[0]) for w in windows] == list(range(0, n - length, length))
     if len(windows):
-        inputs, targets = train.batch_of(windows, torch.arange(len(windows)), torch.device("cpu"))
+        inputs, targets = train.batch_of(windows, torch.arange(len(windows)), CPU)
         assert torch.equal(inputs + 1, targets) and inputs.shape[1] == length
 
 
@@ -168,7 +168,7 @@ def test_a_pass_draws_what_pytorchs_data_loader_draws(n, batch_size, seed):
         loader = torch.utils.data.DataLoader(torch.arange(n), batch_size, shuffle=shuffle, drop_last=shuffle)
         generator = seeded(seed)
         assert [b.tolist() for b in loader] == [
-            inputs[:, 0].tolist() for inputs, _ in train.batches(windows, batch_size, generator, shuffle)]
+            inputs[:, 0].tolist() for inputs, _ in train.batches(windows, batch_size, generator, shuffle, CPU)]
         assert torch.equal(generator.get_state(), torch.get_rng_state())
 
 
@@ -215,7 +215,7 @@ def test_the_first_six_steps_print_the_chapters_losses(windows):
     generator = seeded()
     params = init_params(GPT_CONFIG_124M, generator)
     opt_state, lines = train.init_optimizer(params), []
-    for step, batch in enumerate(islice(train.batches(windows[0], 2, generator, shuffle=True), 6)):
+    for step, batch in enumerate(islice(train.batches(windows[0], 2, generator, True, CPU), 6)):
         params, opt_state, _ = train.train_step(params, opt_state, *batch, GPT_CONFIG_124M, generator)
         if step % 5 == 0:
             losses = train.evaluate_model(params, *windows, 2, GPT_CONFIG_124M, generator, eval_iter=5)

@@ -33,11 +33,10 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import sample
-from gpt import EMBEDDINGS, GPT_CONFIG_124M, Config, Params, calc_loss, init_params
-from sample import END_OF_TEXT, cast, generate, number, text_to_token_ids, token_ids_to_text
+from gpt import EMBEDDINGS, GPT_CONFIG_124M, Config, Params, calc_loss, cast, init_params
+from sample import END_OF_TEXT, generate, number, text_to_token_ids, token_ids_to_text
 from weights import Checkpoint, OptState, save_checkpoint, write_atomically
 
-Windows = tuple[np.ndarray, np.ndarray]  # the training set's and the validation set's
 PIECE = 2**20  # characters that are tokenized at a time
 
 
@@ -61,17 +60,23 @@ class Settings(NamedTuple):
 DEFAULTS = asdict(GPT_CONFIG_124M) | Settings()._asdict()
 
 
+class Windows(NamedTuple):
+    """The text as a model sees it, (n, T + 1) tokens in the training and in the validation set."""
+    train: np.ndarray
+    val: np.ndarray
+
+
 class Progress(NamedTuple):
-    """How far a run is: with parameters, optimizer state and configuration, all that the rest of it depends on."""
-    data: str                        # the hash of its windows
-    step: int = 0                    # steps done
-    order: Tensor | None = None      # of the windows in this epoch
-    generator: Tensor | None = None  # its state
+    """How far a run is: with parameters, optimizer state, Config and Settings, all that the rest of it depends on."""
+    data_hash: str               # of its windows
+    generator_state: Tensor
+    step: int = 0                # steps done
+    order: Tensor | None = None  # of the windows in this epoch
     evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
 
 
 def tune_allocator() -> None:
-    """Nothing: tells glibc's malloc to keep freed memory, and does nothing where there is no glibc.
+    """Tells glibc's malloc to keep freed memory, and does nothing where there is no glibc.
 
     Each step frees and takes the same gigabytes. Given back to the kernel, every page of them would have to be mapped
     and cleared anew: a fifth of the step's time.
@@ -123,7 +128,7 @@ def read_windows(settings: Settings, tokenizer: tiktoken.Encoding) -> Windows:
         if len(windows) < needed:
             raise ValueError(f"the text is too short: its {part} part has {len(windows)} windows of {length} tokens, "
                              f"{needed} or more are needed")
-    return train, val
+    return Windows(train, val)
 
 
 def pass_order(n: int, generator: torch.Generator, shuffle: bool) -> Tensor:
@@ -140,7 +145,7 @@ def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device) -> tuple[T
 
 
 def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, shuffle: bool,
-            device: torch.device = torch.device("cpu")) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: B008
+            device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over the windows: inputs and targets (B, T). A shuffled pass drops the last, partial batch (5.1.3)."""
     for rows in torch.split(pass_order(len(windows), generator, shuffle), batch_size):
         if len(rows) == batch_size or not shuffle:
@@ -157,7 +162,10 @@ def calc_loss_loader(params: Params, loader: Iterator[tuple[Tensor, Tensor]], co
 
 def evaluate_model(params: Params, train_windows: np.ndarray, val_windows: np.ndarray, batch_size: int, config: Config,
                    generator: torch.Generator, eval_iter: int | None = None) -> tuple[float, float]:
-    """The mean training and validation loss over eval_iter batches of each, without dropout (section 5.2)."""
+    """The mean training and validation loss over eval_iter batches of each, or all, without dropout (section 5.2).
+
+    The generator gives the order of the training batches.
+    """
     device = params["tok_emb.weight"].device
     train, val = (batches(train_windows, batch_size, generator, True, device),
                   batches(val_windows, batch_size, generator, False, device))
@@ -174,15 +182,16 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
                generator: torch.Generator | None = None, *, lr: float = 4e-4, weight_decay: float = 0.1,
                dtype: torch.dtype = torch.float32,
                average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
-    """Parameters and optimizer state after one step of AdamW, and the loss of the batch before it (section 5.2).
+    """Parameters and optimizer state after one step of AdamW, and what the loss of this batch was (section 5.2).
 
     inputs and targets are (B, T). The new values are written into the old tensors: use only what is returned.
-    The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, in the order of
-    the parameters, and returns those to use: with several processes, their mean.
+    The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, one for each
+    tensor among the parameters, and returns those to use: with several processes, their mean.
     """
     names = {id(tensor): name for name, tensor in params.items()}  # tied parameters are one tensor: it goes by the last
     leaves = {key: params[name].detach().requires_grad_() for key, name in names.items()}  # what autograd follows
-    computed = {name: leaves[id(tensor)] if name in EMBEDDINGS else leaves[id(tensor)].to(dtype)  # a cast copies all
+    # A cast of the embeddings would copy all of a table of which a few rows are looked up.
+    computed = {name: leaves[id(tensor)] if name in EMBEDDINGS else leaves[id(tensor)].to(dtype)
                 for name, tensor in params.items()}
     loss = calc_loss(computed, inputs, targets, config, generator)
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
@@ -190,9 +199,9 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
         gradients = average(gradients)
     first, second = ([opt_state[key][name] for name in names.values()] for key in ("exp_avg", "exp_avg_sq"))
     with torch.no_grad():  # adamw counts the steps up in place, one count for each tensor
-        adamw(list(leaves.values()), gradients, first, second, [], [opt_state["step"].clone() for _ in leaves],
-              fused=True, amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
-              weight_decay=weight_decay)
+        adamw(list(leaves.values()), gradients, first, second, max_exp_avg_sqs=[], amsgrad=False, maximize=False,
+              state_steps=[opt_state["step"].clone() for _ in leaves], beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
+              weight_decay=weight_decay, fused=True)
     return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
 
 
@@ -217,7 +226,7 @@ def dropout_generator(generator: torch.Generator, step: int, device: torch.devic
 
 
 def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoch: int, path: str | Path) -> None:
-    """Nothing: draws the losses against epochs, with a second axis for the tokens seen, into a file (figure 5.12)."""
+    """Draws the losses against epochs, with a second axis for the tokens seen, into a file (figure 5.12)."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     tokens_seen, train_losses, val_losses = zip(*evaluations, strict=True)
@@ -249,8 +258,8 @@ def catch_signals() -> list[int]:
 
 
 @contextmanager
-def heard(bar: tqdm, signals: list[int]) -> Iterator[None]:
-    """Around what prints: if none can read it any more, that is a SIGPIPE among the signals, and no run is lost."""
+def unread_is_a_signal(bar: tqdm, signals: list[int]) -> Iterator[None]:
+    """Around what prints: adds SIGPIPE to the signals if none can read it any more, so that the run saves and stops."""
     try:
         yield
         sys.stdout.flush()
@@ -272,44 +281,46 @@ def train(params: Params, opt_state: OptState, config: Config, progress: Progres
     def average(gradients: list[Tensor]) -> list[Tensor]:
         return [gradient.div_(world_size) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
 
-    def shared(value: Tensor) -> Tensor:  # the largest that a process brings, where 0 is to bring nothing
+    def largest(value: Tensor) -> Tensor:
         return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if world_size > 1 else value
-    steps_per_epoch, rows = len(windows[0]) // settings.batch_size, settings.batch_size // world_size
-    total, batch_tokens = settings.epochs * steps_per_epoch, settings.batch_size * settings.context_length
+    n, batch_size = len(windows.train), settings.batch_size
+    steps_per_epoch, rows_each = n // batch_size, batch_size // world_size
+    total, batch_tokens = settings.epochs * steps_per_epoch, batch_size * settings.context_length
     order = progress.order
     with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
               unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
+            # As `batches` does, but a run may go on in the middle of an epoch, and each process takes its own rows.
             epoch, index = divmod(step, steps_per_epoch)
-            if index == 0 or order is None:
-                n = len(windows[0])
-                order = shared(pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64))
-            start = index * settings.batch_size + rank * rows
-            inputs, targets = batch_of(windows[0], order[start:start + rows], device)
+            if index == 0 or order is None:  # None: in the middle of an epoch, but in a file of another origin
+                order = pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64)
+                order = largest(order)  # the leader's, for all
+            start = index * batch_size + rank * rows_each
+            inputs, targets = batch_of(windows.train, order[start:start + rows_each], device)
             params, opt_state, _ = train_step(
                 params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, rank),
                 lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
                 average=average if world_size > 1 else None)
-            with heard(bar, signals):
+            with unread_is_a_signal(bar, signals):
                 bar.update(batch_tokens)
             if leader and step % settings.eval_freq == 0:
-                losses = evaluate_model(cast(params, dtype), *windows, settings.batch_size, config, generator,
-                                        settings.eval_iter)
+                losses = evaluate_model(
+                    cast(params, dtype), *windows, batch_size, config, generator, settings.eval_iter)
                 evaluation = ((step + 1) * batch_tokens, *losses)
                 progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
-                with heard(bar, signals):  # and clear of the bar, which is on standard error
+                with unread_is_a_signal(bar, signals):  # tqdm.write: clear of the bar, which is on standard error
                     tqdm.write(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, "
                                f"Val loss {losses[1]:.3f}", file=sys.stdout)
             if leader and index == steps_per_epoch - 1:
                 prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
                 text = token_ids_to_text(generate(cast(params, dtype), prompt, config, 50), tokenizer)
-                with heard(bar, signals):
+                with unread_is_a_signal(bar, signals):
                     tqdm.write(text.replace("\n", " "), file=sys.stdout)
-            stop = shared(torch.tensor(len(signals))).item()
-            progress = progress._replace(step=step + 1, order=order)
+            stop = largest(torch.tensor(len(signals))).item()  # if any process has got a signal
+            progress = progress._replace(step=step + 1, order=order, generator_state=generator.get_state())
             saving = settings.save_every and (step + 1) % settings.save_every == 0
             if leader and (stop or saving or step + 1 == total):
-                save(params, opt_state, progress._replace(generator=generator.get_state()))
+                save(params, opt_state, progress)
             if stop:
                 break
     return progress
@@ -342,8 +353,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
     parser.add_argument("--plot", default="loss.png", help="the picture: .png, .pdf or .svg (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
-    sample.add_weight_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
-    parser.set_defaults(seed=None, dtype=None)
+    sample.add_shared_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
+    parser.set_defaults(seed=None, dtype=None)  # or a resumed run would not have those it was started with
     return parser
 
 
@@ -355,10 +366,10 @@ def settle(given: dict[str, Any], loaded: Checkpoint | None, source: str) -> tup
     """
     kept, fixed = DEFAULTS, list[str]()
     if loaded is not None:
-        run, room = loaded.run.get("settings", {}), loaded.config.context_length
-        kept = DEFAULTS | asdict(loaded.config) | {"context_length": min(DEFAULTS["context_length"], room)} | run
+        saved, room = loaded.run.get("settings", {}), loaded.config.context_length
+        kept = DEFAULTS | asdict(loaded.config) | {"context_length": min(DEFAULTS["context_length"], room)} | saved
         fixed = ["emb_dim", "n_heads", "n_layers", "qkv_bias"]
-        fixed += ["batch_size", "context_length", "seed", "train_ratio"] if run else []
+        fixed += ["batch_size", "context_length", "seed", "train_ratio"] if saved else []
     for name in fixed:
         if given.get(name, kept[name]) != kept[name]:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} contradicts {source}: {kept[name]} there")
@@ -374,7 +385,7 @@ def settle(given: dict[str, Any], loaded: Checkpoint | None, source: str) -> tup
 
 
 def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Params) -> None:
-    """Nothing; an error now for what would fail after hours of training: paths that can't be written, a full disk."""
+    """Raises now what would fail after hours of training: paths that can't be written, a full disk."""
     outputs = {checkpoint.resolve(), plot.resolve()}
     if len(outputs) < 2 or outputs & {Path(path).resolve() for path in settings.data}:
         raise ValueError("--checkpoint and --plot must be different files, and none of --data")
@@ -397,7 +408,7 @@ def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Para
 def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
     """This process's device, its number, its number on its machine, and how many there are, as torchrun has set it.
 
-    Without torchrun: the device as given, 0, 0 and 1. With it, processes that are to use cuda have one device each.
+    Without torchrun: the device as given, 0, 0 and 1. With it, each has a cuda device of its own, or the CPU.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -407,8 +418,8 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
     return device, rank, local_rank, world_size
 
 
-def keep(checkpoint: str) -> None:
-    """Nothing: gives a file that a new run will replace a second name, `.old`."""
+def keep_old(checkpoint: str) -> None:
+    """Keeps the file that a new run will replace: it can be found as `.old` from now on, too."""
     old = Path(f"{checkpoint}.old")
     old.unlink(missing_ok=True)
     try:
@@ -426,26 +437,27 @@ def main() -> int:
         raise ValueError("--weights can only be openai; to go on from a file, use --resume --checkpoint FILE")
     if args.resume and args.weights:
         raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
-    device, tokenizer = sample.pick_device(args.device), sample.gpt2_tokenizer()
-    device, rank, local_rank, world_size = join_processes(device)
+    device, rank, local_rank, world_size = join_processes(sample.pick_device(args.device))
     source, loaded = args.checkpoint if args.resume else args.weights, None
-    for turn in range(3):  # the first process of all downloads, then the first on each machine; the others find it
-        if source and turn == (rank > 0) + (local_rank > 0):
+    my_turn = 0 if rank == 0 else 1 if local_rank == 0 else 2  # the first on each machine downloads, the others find it
+    for turn in range(3):
+        if source and turn == my_turn:
             loaded = sample.load_model(source, args)
-        reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)  # when each has had its turn
+        reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)  # a barrier: all wait for those whose turn it is
     settings, config = settle({name: value for name, value in vars(args).items() if value is not None}, loaded, source)
     if settings.batch_size % world_size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {world_size} processes")
 
+    tokenizer = sample.gpt2_tokenizer()
     windows = read_windows(settings, tokenizer)
-    data = hashlib.sha256(b"".join(part.tobytes() for part in windows)).hexdigest()
+    data_hash = hashlib.sha256(b"".join(part.tobytes() for part in windows)).hexdigest()
     generator = torch.Generator().manual_seed(settings.seed)
     params, _, opt_state, run = loaded or (init_params(config, generator), config, None, {})
-    progress = Progress(data, step=int(opt_state["step"]) if opt_state else 0)._replace(**run.get("progress", {}))
-    if progress.data != data:
+    fresh = Progress(data_hash, generator.get_state(), step=int(opt_state["step"]) if opt_state else 0)
+    progress = fresh._replace(**run.get("progress", {}))
+    generator.set_state(progress.generator_state)
+    if progress.data_hash != data_hash:
         raise ValueError(f"{source} was made with other data than {' '.join(settings.data)}")
-    if progress.generator is not None:
-        generator.set_state(progress.generator)
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
         print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
@@ -456,14 +468,14 @@ def main() -> int:
         if rank == 0:
             print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
         return 0
-    steps_per_epoch = len(windows[0]) // settings.batch_size
+    steps_per_epoch = len(windows.train) // settings.batch_size
     total = settings.epochs * steps_per_epoch
     if rank == 0:
         if progress.step >= total:
             print(f"{source} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
         check_outputs(Path(args.checkpoint), Path(args.plot), settings, params)
-        if not run and os.path.exists(args.checkpoint):  # it is not the beginning of this run
-            keep(args.checkpoint)
+        if "progress" not in run and os.path.exists(args.checkpoint):  # it is not the beginning of this run
+            keep_old(args.checkpoint)
 
     def save(params: Params, opt_state: OptState, progress: Progress) -> None:
         save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
@@ -484,4 +496,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    sample.run_command(main)

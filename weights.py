@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import requests
 import torch
+from requests.exceptions import ChunkedEncodingError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ OptState = dict[str, Any]  # {"step": scalar, "exp_avg": Params, "exp_avg_sq": P
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
 OPENAI_FILES = ("hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001")
+# What OpenAI calls the parts of our names, to be replaced in this order.
 OPENAI_NAMES = {"trf_blocks.": "h", "tok_emb.weight": "wte", "pos_emb.weight": "wpe", "final_norm": "ln_f",
                 ".norm1": "/ln_1", ".norm2": "/ln_2", ".att.W_query": "/attn/c_attn", ".att.W_key": "/attn/c_attn",
                 ".att.W_value": "/attn/c_attn", ".att.out_proj": "/attn/c_proj", ".ff.layers.0": "/mlp/c_fc",
@@ -35,7 +37,7 @@ RETRY_PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt of a download
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds. `run` is what train.py adds to go on from it: {} in a file of another origin."""
+    """What a checkpoint file holds. `run` is what was saved beside the model: by train.py, progress and settings."""
     params: Params
     config: Config
     opt_state: OptState | None
@@ -51,14 +53,14 @@ def assign(left: Tensor, right: Any) -> Tensor:
 
 
 def check_params(params: Params, config: Config) -> Params:
-    """The parameters of `config`, in its order; a ValueError names the first that is absent, unknown or misshapen.
+    """The parameters of `config`, in its order; a ValueError names the first that is missing, unknown or misshapen.
 
     They are contiguous, as AdamW's fused kernel takes it for granted: the chapter saves OpenAI's weights transposed.
     """
     shapes = param_shapes(config)
     for name in shapes | params:
         tensor, shape = params.get(name), shapes.get(name, "absent")
-        found = tuple(tensor.shape) if isinstance(tensor, Tensor) and tensor.is_floating_point() else "absent"
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) and tensor.is_floating_point() else "no float tensor"
         if found != shape:
             raise ValueError(f"the parameter {name} has to be {shape}, but is {found}")
     tensors: dict[tuple[int, torch.Size], Tensor] = {}  # two tensors in the same memory are one: weights are tied
@@ -86,14 +88,15 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
 
 def save_checkpoint(path: str | Path, params: Params, config: Config, opt_state: OptState | None = None,
                     lr: float = 4e-4, weight_decay: float = 0.1, **run: Any) -> None:
-    """Nothing: writes a file that `load_checkpoint`, the chapter's model and torch.optim.AdamW can read (section 5.4).
+    """Writes a file that `load_checkpoint`, the chapter's model and torch.optim.AdamW can read (section 5.4).
 
-    At every instant the file at `path` is the old one or the new one, whole. OSError if it can't be written.
+    lr and weight_decay are for torch.optim.AdamW alone. At every instant the file at `path` is the old one or the new
+    one, whole. OSError if it can't be written.
     """
     content = {"model_state_dict": params, "config": asdict(config), "run": run}
     if opt_state is not None:
         moments = zip(opt_state["exp_avg"].values(), opt_state["exp_avg_sq"].values(), strict=True)
-        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay).state_dict()  # its options
+        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay).state_dict()  # all options
         optimizer["param_groups"][0]["params"] = list(range(len(params)))
         optimizer["state"] = {i: {"step": opt_state["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
                               for i, (first, second) in enumerate(moments)}
@@ -134,7 +137,7 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
 
 
 def infer_config(params: Params, n_heads: int | None = None) -> Config:
-    """The configuration that parameters of these names and shapes belong to; KeyError if they are no GPT model's."""
+    """The configuration of parameters of these shapes, with the chapter's drop_rate; KeyError for unknown names."""
     (vocab_size, emb_dim), context_length = params["tok_emb.weight"].shape, len(params["pos_emb.weight"])
     return Config(vocab_size, context_length, emb_dim, n_heads=n_heads or max(1, emb_dim // 64),
                   n_layers=sum(name.endswith(".norm1.scale") for name in params), drop_rate=GPT_CONFIG_124M.drop_rate,
@@ -160,25 +163,24 @@ def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = 
     folder = Path(models_dir) / size
     folder.mkdir(parents=True, exist_ok=True)
     for name in OPENAI_FILES:
-        url = f"{base_url.rstrip('/')}/{size}/{name}"
-        for pause in () if (folder / name).exists() else (*RETRY_PAUSES, None):
+        url, pauses = f"{base_url.rstrip('/')}/{size}/{name}", list(RETRY_PAUSES)
+        while not (folder / name).exists():
             try:
                 download(url, folder / name)
-                break
             except requests.RequestException as error:
-                final = getattr(error.response, "status_code", None) in (400, 401, 403, 404, 410)
-                if pause is None or final or isinstance(error, ValueError):  # the last is a URL that makes no sense
-                    ours = type(error) is requests.RequestException  # raised by `download`
-                    known = ours or isinstance(error, (requests.HTTPError, ValueError))
-                    reason = error if known else "there is no connection, or it broke"
+                hopeless = isinstance(error, ValueError) or (  # a URL that makes no sense
+                    error.response is not None and error.response.status_code in (400, 401, 403, 404, 410))
+                if hopeless or not pauses:
+                    broke = isinstance(error, (requests.ConnectionError, requests.Timeout, ChunkedEncodingError))
+                    reason = "there is no connection, or it broke" if broke else error
                     raise OSError(f"cannot download {url} ({reason}); what has come is kept for the next try. By hand: "
                                   f"put {', '.join(OPENAI_FILES)} of GPT-2 {size} into {folder}") from None
-                time.sleep(pause)
+                time.sleep(pauses.pop(0))
     return folder
 
 
 def download(url: str, path: Path) -> None:
-    """Nothing: one attempt to fetch a file, which takes its name when it is whole; else requests.RequestException."""
+    """Fetches a file, in one attempt; it takes its name when it is whole. requests.RequestException if it is not."""
     partial = Path(f"{path}.partial")
     start = max(0, partial.stat().st_size - 1) if partial.exists() else 0  # once more the last byte: it is surely there
     headers = {"Accept-Encoding": "identity", "x-ms-version": "2019-12-12"}  # the version: else no ranges
@@ -238,21 +240,21 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
             tf.config.set_visible_devices([], "GPU")
     except ImportError:
         raise ValueError("reading OpenAI's checkpoints takes tensorflow: pip install -r requirements.txt") from None
-    reading, index, data = OPENAI_FILES
+    at_fault, index, data = OPENAI_FILES  # at_fault: the file that is being read
     try:
-        hparams = json.loads((folder / reading).read_bytes())
+        hparams = json.loads((folder / at_fault).read_bytes())
         config = Config(vocab_size=hparams["n_vocab"], context_length=hparams["n_ctx"], emb_dim=hparams["n_embd"],
                         n_heads=hparams["n_head"], n_layers=hparams["n_layer"], drop_rate=0.0, qkv_bias=True)
         variables = {name: openai_variable(name) for name in param_shapes(config) if name != "out_head.weight"}
-        reading = index
+        at_fault = index
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
         there = set(reader.get_variable_to_shape_map())
-        reading = data
+        at_fault = data
         params = {name: our_layout(name, reader.get_tensor(variable)) for name, variable in variables.items()
                   if variable in there}
     except (tf.errors.OpError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        damaged = data if data in str(error) else reading  # that the data file is cut is noticed with the index
-        raise ValueError(f"{folder / damaged} is damaged: delete it to download it again") from None
+        at_fault = data if data in str(error) else at_fault  # a data file that is cut is noticed with the index
+        raise ValueError(f"{folder / at_fault} is damaged: delete it to download it again") from None
     try:
         if wrong := there ^ set(variables.values()):
             raise ValueError(f"{min(wrong)} is {'more than is told there' if min(wrong) in there else 'missing'}")
