@@ -10,7 +10,6 @@ A docstring begins with what is returned, or else done.
 Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
 """
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +50,17 @@ GPT_CONFIG_124M = Config(vocab_size=50257, context_length=256, emb_dim=768, n_he
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The name and shape of every parameter, in the order in which the chapter's model registers them."""
     E = config.emb_dim
-
-    def linear_shapes(name: str, fan_in: int, fan_out: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (fan_out, fan_in)} | ({f"{name}.bias": (fan_out,)} if bias else {})
-
+    linear_layers = {"att.W_query": (E, E), "att.W_key": (E, E), "att.W_value": (E, E), "att.out_proj": (E, E),
+                     "ff.layers.0": (4 * E, E), "ff.layers.2": (E, 4 * E)}  # (fan_out, fan_in)
     shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (config.vocab_size, E),
                                           "pos_emb.weight": (config.context_length, E)}
-    for i in range(config.n_layers):
-        block = f"trf_blocks.{i}"
-        for part in ("W_query", "W_key", "W_value"):
-            shapes |= linear_shapes(f"{block}.att.{part}", E, E, config.qkv_bias)
-        shapes |= linear_shapes(f"{block}.att.out_proj", E, E)
-        shapes |= linear_shapes(f"{block}.ff.layers.0", E, 4 * E) | linear_shapes(f"{block}.ff.layers.2", 4 * E, E)
-        shapes |= {f"{block}.{norm}.{part}": (E,) for norm in ("norm1", "norm2") for part in ("scale", "shift")}
-    return shapes | {"final_norm.scale": (E,), "final_norm.shift": (E,)} | linear_shapes(
-        "out_head", E, config.vocab_size, bias=False)
+    for block in (f"trf_blocks.{i}" for i in range(config.n_layers)):
+        for name, shape in linear_layers.items():
+            shapes[f"{block}.{name}.weight"] = shape
+            if config.qkv_bias or "W_" not in name:
+                shapes[f"{block}.{name}.bias"] = shape[:1]
+        shapes |= {f"{block}.{name}": (E,) for name in ("norm1.scale", "norm1.shift", "norm2.scale", "norm2.shift")}
+    return shapes | {"final_norm.scale": (E,), "final_norm.shift": (E,), "out_head.weight": (config.vocab_size, E)}
 
 
 def init_params(config: Config, generator: torch.Generator) -> Params:
@@ -92,16 +87,6 @@ def cast(params: Params, dtype: torch.dtype, device: torch.device | None = None)
     return {name: moved[id(tensor)] for name, tensor in params.items()}
 
 
-class Cache(NamedTuple):
-    """The keys and values of the tokens read so far, so that the next token needs only its own.
-
-    The buffer has room for more tokens. Growing a cache writes into that room: the cache it grew from still holds what
-    it held, but of two caches grown from the same one only the later is right.
-    """
-    keys_values: Tensor  # (n_layers, 2, B, H, room, D); for `attention`, those of its block alone: (2, B, H, room, D)
-    length: int          # tokens in use, of the room
-
-
 def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
     """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if it has one: (B, T, fan_out)."""
     return matmul(x, params[f"{prefix}.weight"], params.get(f"{prefix}.bias"))
@@ -121,18 +106,17 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 
 def attention(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
-              past: Cache | None = None) -> Tensor:
-    """Causal multi-head attention (B, T, E) over x (B, T, E) and, if T = 1, over the tokens in `past` before it.
+              cache: Tensor | None = None, start: int = 0) -> Tensor:
+    """Causal multi-head attention (B, T, E) over x (B, T, E); with a cache, over the `start` tokens before x as well.
 
-    `past` is this block's part of a cache. The keys and values of x are written into its room.
+    cache (2, B, H, room, D) holds the keys and values of those tokens; those of x are written behind them.
     """
     B, T, E = x.shape
     q, k, v = (linear(x, params, f"{prefix}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
                for part in ("W_query", "W_key", "W_value"))
-    if past is not None:
-        end = past.length + T
-        past.keys_values[:, :, :, past.length:end] = torch.stack((k, v))
-        k, v = past.keys_values[:, :, :, :end]  # along the axis of 2: each (B, H, end, D)
+    if cache is not None:
+        cache[:, :, :, start:start + T] = torch.stack((k, v))
+        k, v = cache[:, :, :, :start + T]  # each (B, H, start + T, D)
     if generator is None or config.drop_rate == 0:
         context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single token sees all before it
     else:  # the same by hand, because only here can the dropout draw from our generator
@@ -148,47 +132,36 @@ def feed_forward(x: Tensor, params: Params, prefix: str) -> Tensor:
 
 
 def transformer_block(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
-                      past: Cache | None = None) -> Tensor:
-    """x (B, T, E) plus what attention, which writes into `past`, then what the feed-forward network adds to it."""
-    attended = attention(layer_norm(x, params, f"{prefix}.norm1"), params, f"{prefix}.att", config, generator, past)
+                      cache: Tensor | None = None, start: int = 0) -> Tensor:
+    """x (B, T, E) plus what attention, which writes into the cache, then what the feed-forward network adds to it."""
+    attended = attention(layer_norm(x, params, f"{prefix}.norm1"), params, f"{prefix}.att", config, generator, cache,
+                         start)
     x = x + dropout(attended, config.drop_rate, generator)
     fed = feed_forward(layer_norm(x, params, f"{prefix}.norm2"), params, f"{prefix}.ff.layers")
     return x + dropout(fed, config.drop_rate, generator)
 
 
-def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
-                  cache: Cache | None = None) -> Tensor:
-    """What the output head sees: (B, T, E) for token_ids (B, T), or (B, 1) if they follow the tokens in a cache.
-
-    Writes the keys and values into the room of the cache.
-    """
-    start = 0 if cache is None else cache.length
-    end = start + token_ids.shape[1]
-    if end > config.context_length:
-        raise ValueError(f"{end} tokens are more than context_length {config.context_length}")
-    if start and end > start + 1:
-        raise ValueError("after the first call a cache takes one token at a time")
-    x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # train_step casts no EMBEDDINGS
-    for i in range(config.n_layers):
-        past = None if cache is None else Cache(cache.keys_values[i], start)  # a view of the same buffer
-        x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, past)
-    return layer_norm(x, params, "final_norm")
-
-
-def output_head(x: Tensor, params: Params) -> Tensor:
-    """Logits (B, T, V) from x (B, T, E), in float32 at least: a softmax over V entries needs the digits."""
-    logits = linear(x, params, "out_head")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None) -> Tensor:
+def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
+            cache: Tensor | None = None, start: int = 0) -> Tensor:
     """Logits (B, T, V): row t scores every vocabulary entry as the token after token_ids[:, :t + 1] (section 5.1.1).
 
     token_ids (B, T) are integers below V. There is dropout, at config.drop_rate, if and only if a generator is passed.
-    ValueError when T is more than context_length.
+    With a cache, made by `empty_cache`, token_ids follow the `start` tokens whose keys and values it holds: a whole
+    prompt at 0, a single token after that. Theirs are written into it, and only the last row of logits (B, 1, V) comes.
+    Logits are float32 at least. ValueError when there would be more than context_length tokens.
     """
-    return output_head(hidden_states(params, token_ids, config, generator), params)
+    T = token_ids.shape[1]
+    if start + T > config.context_length:
+        raise ValueError(f"{start + T} tokens are more than context_length {config.context_length}")
+    if start and T > 1:
+        raise ValueError("after the first call a cache takes one token at a time")
+    x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:start + T]
+    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # train_step casts no EMBEDDINGS
+    for i in range(config.n_layers):
+        kept = None if cache is None else cache[i]
+        x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, kept, start)
+    logits = linear(layer_norm(x if cache is None else x[:, -1:], params, "final_norm"), params, "out_head")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
@@ -198,19 +171,10 @@ def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V) and (B * T,)
 
 
-def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
-    """A cache of length 0 with room for that many tokens in each of batch_size rows."""
-    shape = (config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
-    return Cache(params["final_norm.scale"].new_empty(shape), length=0)
-
-
-def next_logits(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> tuple[Tensor, Cache]:
-    """Logits (B, V) of the token after token_ids, and the cache grown by token_ids, in the same buffer.
-
-    token_ids (B, T) are a whole prompt when the cache is empty, and one token (T = 1) after that.
-    """
-    x = hidden_states(params, token_ids, config, cache=cache)
-    return output_head(x[:, -1:], params)[:, 0], cache._replace(length=cache.length + token_ids.shape[1])
+def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Tensor:
+    """Room for the keys and values of so many tokens in each of batch_size rows: (n_layers, 2, B, H, room, D)."""
+    return params["final_norm.scale"].new_empty(
+        config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
 
 
 # Nearly all of the time goes into one operation, the product with a weight. What follows is F.linear, computed by a
@@ -232,7 +196,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pack(params: Params) -> Params:
-    """The parameters with their bfloat16 matrices laid out as oneDNN reads them twice as fast, for `next_logits`.
+    """The parameters with their bfloat16 matrices laid out as oneDNN reads them twice as fast, to generate with.
 
     Others are as they were: the layout of a float32 matrix costs more time than generation would win by it.
     """

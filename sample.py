@@ -1,13 +1,11 @@
 """Text in, text out: the tokenizer, temperature, top-k and generation. `python sample.py --help`
 
-`next_token` chooses a token by `keep_top_k`, `softmax_with_temperature` and `draw`; `stream` does so again and again.
+`next_token` chooses a token by `keep_top_k` and `softmax_with_temperature`; `stream` does so again and again.
 
 Axes: B batch, T tokens, V vocabulary.
 """
 import argparse
-import base64
 import codecs
-import hashlib
 import math
 import os
 import sys
@@ -18,10 +16,11 @@ from typing import Any, NoReturn
 
 import tiktoken
 import torch
+from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from gpt import GPT_CONFIG_124M, Config, Params, cast, empty_cache, next_logits, pack
+from gpt import GPT_CONFIG_124M, Config, Params, cast, empty_cache, forward, pack
 from weights import OPENAI_SIZES, OPENAI_URL, Checkpoint, download_openai, load_checkpoint, load_openai
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,10 +30,7 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
     """GPT-2's byte-pair encoding, from the file that came with this one; ValueError if that is damaged (5.1.1)."""
-    data = VOCABULARY.read_bytes()
-    if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256:
-        raise ValueError(f"{VOCABULARY} is not the file that came with this program: get it again")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+    ranks = load_tiktoken_bpe(str(VOCABULARY), VOCABULARY_SHA256)
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
@@ -52,10 +48,13 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities (..., V) from logits (..., V): more even the higher the temperature (section 5.3.1).
 
-    Infinite logits are limits: -inf has no chance, and +inf all of it. ValueError unless temperature is above 0.
+    Infinite logits are limits: -inf has no chance, and +inf all of it. ValueError unless temperature is above 0, and
+    for logits that are nan.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature!r}")
+    if logits.isnan().any():
+        raise ValueError("the model's logits are no numbers: its training has failed, perhaps at too high a rate")
     limits = torch.finfo(logits.dtype)
     largest = logits.amax(-1, keepdim=True)
     below = (logits - largest).masked_fill(logits == largest, 0)  # inf - inf has no value, but is meant as 0 here
@@ -73,19 +72,6 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row (B, 1), drawn with the probabilities (B, V) (section 5.3.1).
-
-    These are the draws of `torch.multinomial(probabilities, 1)`, in a third of its time: minus the logarithm of a
-    uniform number from (0, 1] is an exponential one, and the entry of the largest probability / exponential wins.
-    """
-    if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1, generator=generator)
-    bits = torch.empty_like(probabilities, dtype=torch.int64).random_(2**53, generator=generator)
-    exponentials = torch.log1p(-bits.double().mul_(2.0**-53)).neg_().clamp_min_(torch.finfo(torch.float32).tiny)
-    return (probabilities / exponentials.to(probabilities.dtype)).argmax(-1, keepdim=True)
-
-
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
                generator: torch.Generator | None = None) -> Tensor:
     """Each row's next token id (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
@@ -98,7 +84,7 @@ def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = Non
         return logits.argmax(-1, keepdim=True)
     if generator is None:
         raise ValueError("a temperature that is not 0 needs a generator to draw from")
-    return draw(softmax_with_temperature(logits, temperature), generator)
+    return torch.multinomial(softmax_with_temperature(logits, temperature), 1, generator=generator)
 
 
 @torch.inference_mode()
@@ -109,15 +95,12 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
     B, T = token_ids.shape
     if T == 0 or max_new_tokens < 0:
         raise ValueError("the prompt must have at least one token" if T == 0 else "max_new_tokens must not be negative")
-    params = pack(params)
-    window = token_ids[:, -config.context_length:]
+    params, start = pack(params), 0
     cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
-    unread = window
     ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
     for _ in range(max_new_tokens):
-        if cache.length == config.context_length:  # the window slides: its tokens have new positions, read all again
-            cache, unread = cache._replace(length=0), window
-        logits, cache = next_logits(params, unread, config, cache)
+        window = token_ids[:, -config.context_length:]
+        logits = forward(params, window[:, -1:] if start else window, config, cache=cache, start=start)[:, -1]
         token = next_token(logits, temperature, top_k, generator)
         if eos_id is not None:
             ended = ended | (token == eos_id)
@@ -125,7 +108,8 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
                 return
             token = token.masked_fill(ended, eos_id)
         yield token
-        unread, window = token, torch.cat([window, token], dim=1)[:, -config.context_length:]
+        token_ids = torch.cat([token_ids, token], dim=1)
+        start = window.shape[1] % config.context_length  # 0: the window slides, all its tokens have new positions
 
 
 def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
@@ -141,40 +125,42 @@ def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: 
     return torch.cat([token_ids, *new], dim=1)
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = 2**31, above: bool = False) -> Callable[[str], Any]:
     """A parser of numbers from low (or above it) up to below high, for argparse."""
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value < high or (above and value == low):
             raise ValueError
         return value
-    bound = f"{'above' if above else 'of at least'} {low}" + (f" and below {high}" if high < math.inf else "")
+    bound = f"{'above' if above else 'of at least'} {low} and below {high}"
     parse.__name__ = f"{'whole ' if kind is int else ''}number {bound}"  # argparse: "invalid ... value: '-1'"
     return parse
 
 
-def add_shared_options(parser: argparse.ArgumentParser, weights: str | None, weights_help: str) -> None:
-    """Adds to the parser the options that both command lines share."""
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that both command lines share; without a usage, a mistake is reported in one line."""
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--weights", default=weights, help=weights_help)
-    add("--size", default="124M", help=f"OpenAI's model: {', '.join(OPENAI_SIZES)} (default: %(default)s)")
-    add("--models-dir", default="gpt2", help="where OpenAI's models are kept (default: %(default)s)")
-    add("--base-url", default=OPENAI_URL, help="where OpenAI's models are downloaded from (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**63), default=123, help="of every random draw (default: 123)")
+    add("--size", default="124M", help=f"OpenAI's model: {', '.join(OPENAI_SIZES)}")
+    add("--models-dir", default="gpt2", help="where OpenAI's models are kept")
+    add("--base-url", default=OPENAI_URL, help="where OpenAI's models are downloaded from")
+    add("--seed", type=number(int, 0, 2**63), default=123, help="of every random draw")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation; float32 is exact, bfloat16 faster (default: float32)")
-    add("--n-heads", type=number(int, 1), help="of the model (default: 12; emb_dim / 64 for a plain state_dict)")
+        help="of the computation; float32 is exact, bfloat16 faster")
+    add("--n-heads", type=number(int, 1), help="of the model; None: as its file tells, emb_dim / 64 if it does not")
+    return parser
 
 
 def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
     """OpenAI's model if the name is `openai`, or else the checkpoint of that name; ValueError if it is not to be had.
 
-    Of args, only the options of `add_shared_options` are used.
+    Of args, only the options of `new_parser` are used.
     """
     if name == "openai":
         loaded = Checkpoint(*load_openai(download_openai(args.size, args.models_dir, args.base_url)), None, {})
-    elif Path(name).exists():
+    elif Path(name).is_file():
         loaded = load_checkpoint(name, args.n_heads)
     else:
         raise ValueError(f"there is no {name}: `python train.py --checkpoint {name}` makes it")
@@ -211,7 +197,9 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except (OSError, MemoryError, ValueError, RuntimeError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
         if isinstance(error, RuntimeError) and "memory" not in message:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -220,22 +208,20 @@ def run_command(command: Callable[[], int]) -> NoReturn:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of this command line; without a usage, a mistake is reported in one line."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Continue a text with a GPT-2 model.")
-    add_shared_options(parser, "model.pth", "a checkpoint, or `openai` for the published GPT-2 (default: %(default)s)")
-    parser.add_argument("--prompt", default="Every effort moves you", help="(default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=number(int, 0), default=25, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.0,
-                        help="0 always takes the likeliest token; higher is more varied (default: %(default)s)")
-    parser.add_argument("--top-k", type=number(int, 1), help="draw from the k likeliest tokens only (default: all)")
+    """The parser of this command line."""
+    parser = new_parser("Continue a text with a GPT-2 model.")
+    add = parser.add_argument
+    add("--weights", default="model.pth", help="a checkpoint, or `openai` for the published GPT-2")
+    add("--prompt", default="Every effort moves you", help="what the model continues")
+    add("--max-new-tokens", type=number(int, 0), default=25, help="how many to write at most")
+    add("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest token; higher: more varied")
+    add("--top-k", type=number(int, 1), help="how many of the likeliest tokens can be drawn; None: all")
     return parser
 
 
 def main() -> int:
     """The exit status of `python sample.py`."""
     args = build_parser().parse_args()
-    if not args.prompt:
-        raise ValueError("--prompt is empty: give the model something to continue")
     device = pick_device(args.device)
     params, config, *_ = load_model(args.weights, args)
     params = cast(params, getattr(torch, args.dtype), device)

@@ -29,7 +29,7 @@ def command(tmp_path, monkeypatch, capsys):
     """Runs a command line in a folder of its own and in this process: its exit status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "tune_allocator", lambda: None)  # it is for good, and the other tests share the process
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -62,9 +62,9 @@ def stop_after(monkeypatch):
 def state(path):
     """All that the rest of a run depends on, flat."""
     params, config, opt_state, run = load_checkpoint(path)
-    moments = {f"{key}.{name}": opt_state[key][name] for key in ("exp_avg", "exp_avg_sq") for name in params}
+    moments = {f"{key}.{name}": tensor for name, state in opt_state.items() for key, tensor in state.items()}
     tensors = {key: run["progress"].pop(key) for key in ("generator_state", "order")}
-    return {**params, **moments, **tensors, "step": opt_state["step"]}, config, run["progress"]
+    return {**params, **moments, **tensors}, config, run["progress"]
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 6, 7, 11])
@@ -211,7 +211,7 @@ def start(*arguments, cwd):
                              *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, signum, status):
     with start(cwd=tmp_path) as process:
         assert process.stdout.readline().startswith("Ep 1")
@@ -350,7 +350,7 @@ def test_a_killed_process_ends_the_others_and_one_process_goes_on(command, tmp_p
 
 def test_a_batch_that_cannot_be_split_is_refused(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(train.dist, "init_process_group", lambda _: None)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
     status, _, errors = command("train.py", *SMALL)
     assert status == 2 and "--batch-size 10 can't be split evenly over 3 processes" in errors
 
@@ -382,11 +382,13 @@ TRAIN_MISTAKES = [
     (["--drop-rate", "nan"], "--drop-rate"),
     (["--n-layers", "0"], "--n-layers"), (["--emb-dim", "0"], "--emb-dim"), (["--n-heads", "-3"], "--n-heads"),
     ([*DATA, "--emb-dim", "10", "--n-heads", "3"], "emb_dim 10"), (["--context-length", "0"], "--context-length"),
+    (["--eval-iter", "9" * 20], "--eval-iter"), (["--emb-dim", "9" * 20], "--emb-dim"),
+    (["--resume", "--checkpoint", "crafted.pth"], "--eval-freq"),
     ([*DATA, "--vocab-size", "100"], "--vocab-size", "50257"), ([*DATA, "--start-context", ""], "--start-context"),
     (["--device", "abacus"], "no device 'abacus'", "cpu"), (["--dtype", "float16"], "--dtype", "float16"),
-    (["--weights", "model.pth"], "--weights", "--resume"),
+    (["--weights", "model.pth"], "--weights", "openai"),
     ([*DATA, "--weights", "openai", "--size", "1B"], "124M, 355M"),
-    (["--weights", "openai", "--resume"], "--resume", "openai"), (["--frobnicate"], "--frobnicate"),
+    (["--weights", "openai", "--resume"], "--resume", "--weights"), (["--frobnicate"], "--frobnicate"),
     (["--resume", "--checkpoint", "absent.pth"], "absent.pth", "python train.py --checkpoint absent.pth"),
     (["--resume", "--checkpoint", "binary.bin"], "binary.bin", "not a checkpoint"),
     (["--resume", "--emb-dim", "16"], "--emb-dim 16 contradicts model.pth: 8"),
@@ -400,16 +402,16 @@ TRAIN_MISTAKES = [
     (["--device", "cuda:x"], "no device 'cuda:x'"),
     ([*SMALL, "--checkpoint", "absent/model.pth"], "absent/model.pth", "No such file"),
     ([*SMALL, "--checkpoint", "empty.txt/model.pth"], "empty.txt/model.pth", "Not a directory"),
-    ([*SMALL, "--checkpoint", "folder"], "folder is a directory"),
-    ([*SMALL, "--checkpoint", "pipe"], "pipe is a directory or a device"),
-    ([*SMALL, "--plot", "pipe.png"], "pipe.png is a directory or a device"),
-    ([*SMALL, "--checkpoint", "latin1.txt"], "latin1.txt", "will not be overwritten"),
+    ([*SMALL, "--checkpoint", "folder"], "folder is there and is no checkpoint"),
+    ([*SMALL, "--checkpoint", "pipe"], "pipe is there and is no checkpoint"),
+    ([*SMALL, "--plot", "pipe.png"], "pipe.png is there and is no picture"),
+    ([*SMALL, "--checkpoint", "latin1.txt"], "latin1.txt is there and is no checkpoint"),
     ([*SMALL, "--plot", "absent/loss.png"], "absent/loss.png"),
     ([*SMALL, "--plot", "loss.txt"], "loss.txt must end in"),
     ([*SMALL, "--plot", "x.png", "--checkpoint", "x.png"], "different files"),
 ]
 SAMPLE_MISTAKES = [
-    (["--prompt", ""], "--prompt is empty"), (["--top-k", "0"], "--top-k"), (["--top-k", "-1"], "--top-k"),
+    (["--prompt", ""], "prompt must have"), (["--top-k", "0"], "--top-k"), (["--top-k", "-1"], "--top-k"),
     (["--top-k", "x"], "--top-k"), (["--temperature", "-1"], "--temperature"),
     (["--temperature", "nan"], "--temperature"),
     (["--temperature", "inf"], "--temperature"), (["--max-new-tokens", "-1"], "--max-new-tokens"),
@@ -443,6 +445,7 @@ def litter(tmp_path_factory):
     progress = train.Progress("a hash", torch.Generator().get_state())
     save_checkpoint(folder / "model.pth", params, config, train.init_optimizer(params), progress=progress._asdict(),
                     settings=settings._asdict())
+    save_checkpoint(folder / "crafted.pth", params, config, settings={**settings._asdict(), "eval_freq": 0})
     tiny = train.Config(100, 64, 8, 2, 1, 0.1, False)
     save_checkpoint(folder / "small-vocabulary.pth", train.init_params(tiny, torch.Generator()), tiny)
     return folder

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +143,8 @@ def test_the_verdict_has_20479_characters_and_5145_tokens(verdict, tokenizer):
 
 
 def test_the_losses_of_the_untrained_model_are_the_chapters(untrained, windows):
-    assert len(list(train.batches(windows[0], 2, seeded(), True, CPU))) == 9
-    assert len(list(train.batches(windows[1], 2, seeded(), False, CPU))) == 1
+    assert len(train.batches(len(windows[0]), 2, seeded(), shuffle=True)) == 9
+    assert len(train.batches(len(windows[1]), 2, seeded(), shuffle=False)) == 1
     losses = train.evaluate_model(untrained, *windows, 2, GPT_CONFIG_124M, seeded())
     assert losses == pytest.approx((10.98758, 10.98110), abs=1e-5)
 
@@ -162,13 +161,12 @@ def test_windows_start_where_the_chapters_do_and_targets_are_one_later(n, length
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 2**31))
 def test_a_pass_draws_what_pytorchs_data_loader_draws(n, batch_size, seed):
-    windows = np.arange(n)[:, None] * np.ones((1, 3), np.int64)
     for shuffle in (True, False):
         torch.manual_seed(seed)
         loader = torch.utils.data.DataLoader(torch.arange(n), batch_size, shuffle=shuffle, drop_last=shuffle)
         generator = seeded(seed)
-        assert [b.tolist() for b in loader] == [
-            inputs[:, 0].tolist() for inputs, _ in train.batches(windows, batch_size, generator, shuffle, CPU)]
+        expected = [batch.tolist() for batch in loader]
+        assert expected == [rows.tolist() for rows in train.batches(n, batch_size, generator, shuffle) if len(rows)]
         assert torch.equal(generator.get_state(), torch.get_rng_state())
 
 
@@ -215,7 +213,8 @@ def test_the_first_six_steps_print_the_chapters_losses(windows):
     generator = seeded()
     params = init_params(GPT_CONFIG_124M, generator)
     opt_state, lines = train.init_optimizer(params), []
-    for step, batch in enumerate(islice(train.batches(windows[0], 2, generator, True, CPU), 6)):
+    for step, rows in enumerate(train.batches(len(windows[0]), 2, generator, shuffle=True)[:6]):
+        batch = train.batch_of(windows[0], rows, CPU)
         params, opt_state, _ = train.train_step(params, opt_state, *batch, GPT_CONFIG_124M, generator)
         if step % 5 == 0:
             losses = train.evaluate_model(params, *windows, 2, GPT_CONFIG_124M, generator, eval_iter=5)
@@ -302,9 +301,7 @@ def test_calls_change_neither_their_arguments_nor_pytorchs_random_state(config, 
     ids_kept, targets_kept, state, settings_kept = ids.clone(), targets.clone(), torch.get_rng_state(), asdict(config)
 
     def results():
-        cache = gpt.empty_cache(params, batch, config.context_length, config)
-        logits, grown = gpt.next_logits(params, ids, config, cache)
-        assert cache.length == 0 and grown.length == config.context_length
+        logits = forward(params, ids, config, cache=gpt.empty_cache(params, batch, config.context_length, config))
         return [forward(params, ids, config), forward(params, ids, config, seeded(7)), logits,
                 calc_loss(params, ids, targets, config, seeded(7)), *init_params(config, seeded(3)).values()]
     assert all(torch.equal(one, two) for one, two in zip(results(), results(), strict=True))  # bitwise the same
@@ -317,19 +314,20 @@ def test_calls_change_neither_their_arguments_nor_pytorchs_random_state(config, 
 
 def test_growing_a_cache_leaves_what_it_held_as_it_was():
     params, ids = init_params(TINY, seeded()), torch.randint(31, (2, 5), generator=seeded())
-    _, cache = gpt.next_logits(params, ids[:, :4], TINY, gpt.empty_cache(params, 2, 8, TINY))
-    held = cache.keys_values[..., :cache.length, :].clone()
-    one, _ = gpt.next_logits(params, ids[:, 4:], TINY, cache)
-    two, _ = gpt.next_logits(params, ids[:, 4:], TINY, cache)
+    cache = gpt.empty_cache(params, 2, 8, TINY)
+    forward(params, ids[:, :4], TINY, cache=cache)
+    held = cache[..., :4, :].clone()
+    one, two = (forward(params, ids[:, 4:], TINY, cache=cache, start=4) for _ in range(2))
     assert torch.equal(one, two)
-    assert torch.equal(held, cache.keys_values[..., :4, :])
+    assert torch.equal(held, cache[..., :4, :])
 
 
 def test_after_the_first_call_a_cache_takes_one_token_at_a_time():
     params, ids = init_params(TINY, seeded()), torch.randint(31, (2, 6), generator=seeded())
-    _, cache = gpt.next_logits(params, ids[:, :4], TINY, gpt.empty_cache(params, 2, 8, TINY))
+    cache = gpt.empty_cache(params, 2, 8, TINY)
+    forward(params, ids[:, :4], TINY, cache=cache)
     with pytest.raises(ValueError, match="one token at a time"):
-        gpt.next_logits(params, ids[:, 4:], TINY, cache)
+        forward(params, ids[:, 4:], TINY, cache=cache, start=4)
 
 
 def test_dropout_happens_exactly_when_a_generator_is_passed():
@@ -397,7 +395,7 @@ def test_matmul_has_the_gradients_of_a_linear_layer(batch, tokens, fan_in, fan_o
 def test_packed_parameters_give_the_logits_of_those_they_were_made_from():
     params = cast(init_params(TINY, seeded()), torch.bfloat16)
     ids = torch.randint(31, (2, 5), generator=seeded())
-    plain, packed = (gpt.next_logits(each, ids, TINY, gpt.empty_cache(each, 2, 8, TINY))[0]
+    plain, packed = (forward(each, ids, TINY, cache=gpt.empty_cache(each, 2, 8, TINY))
                      for each in (params, gpt.pack(params)))
     torch.testing.assert_close(packed, plain, atol=0.02, rtol=0.02)
     assert gpt.pack(gpt.pack(params)).keys() == params.keys()

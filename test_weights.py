@@ -513,8 +513,7 @@ def trained(steps=2, seed=0, config=CONFIG):
 
 
 def flat(params, opt_state):
-    return {**params, "step": opt_state["step"],
-            **{f"{key}.{name}": opt_state[key][name] for key in ("exp_avg", "exp_avg_sq") for name in params}}
+    return {**params, **{f"{key}.{name}": tensor for name, state in opt_state.items() for key, tensor in state.items()}}
 
 
 def equal(one, two):
@@ -610,6 +609,19 @@ def test_missing_unknown_and_misshapen_parameters_are_refused_by_name(tmp_path):
         refused(lambda: weights.load_checkpoint(tmp_path / "a.pth"), word, error=ValueError)
 
 
+def test_a_transposed_view_is_not_taken_for_the_tensor_that_it_shows(tmp_path):
+    config = Config(16, 8, 16, 2, 1, 0.0, False)  # the output head and the embedding are square
+    params = init_params(config, torch.Generator())
+    torch.save(params | {"out_head.weight": params["tok_emb.weight"].T}, tmp_path / "a.pth")
+    loaded = weights.load_checkpoint(tmp_path / "a.pth", n_heads=2).params
+    assert torch.equal(loaded["out_head.weight"], params["tok_emb.weight"].T)
+
+
+def test_a_small_file_cannot_ask_for_a_billion_layers(tmp_path):
+    torch.save({"model_state_dict": {}, "config": asdict(CONFIG) | {"n_layers": 10**9}}, tmp_path / "a.pth")
+    refused(lambda: weights.load_checkpoint(tmp_path / "a.pth"), "n_layers", error=ValueError)
+
+
 def test_a_plain_state_dict_has_heads_of_64_unless_told(tmp_path):
     params = init_params(Config(41, 8, 128, 2, 1, 0.0, False), torch.Generator())
     torch.save(params, tmp_path / "a.pth")
@@ -627,10 +639,9 @@ def test_an_optimizer_before_its_first_step_has_no_state(tmp_path):
 def test_parameters_saved_transposed_train_as_others_do(tmp_path):
     params, opt_state = trained()
     weights.save_checkpoint(tmp_path / "rows.pth", params, CONFIG, opt_state)
-    columns = [{name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in each.items()}
-               for each in (params, opt_state["exp_avg"], opt_state["exp_avg_sq"])]
-    weights.save_checkpoint(tmp_path / "columns.pth", columns[0], CONFIG, opt_state | {
-        "exp_avg": columns[1], "exp_avg_sq": columns[2]})
+    columns, *states = [{name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in each.items()}
+                        for each in (params, *opt_state.values())]
+    weights.save_checkpoint(tmp_path / "columns.pth", columns, CONFIG, dict(zip(opt_state, states, strict=True)))
     losses = []
     for name in ("rows.pth", "columns.pth"):
         loaded = weights.load_checkpoint(tmp_path / name)

@@ -1,8 +1,8 @@
 """Pretraining: windows of text, the loss over a set, the training step, the loop. `python train.py --help`
 
-A text becomes tokens (`tokenize`), windows (`make_windows`), an order (`pass_order`), batches (`batch_of`), a loss and
-new parameters (`train_step`), again and again (`train`). On a CPU, every random number of the first process comes from
-one generator, or from another that it has seeded, in the chapter's order.
+A text becomes tokens (`tokenize`), windows (`make_windows`), batches (`batches`, `batch_of`), a loss and new parameters
+(`train_step`), again and again (`train`). On a CPU, every random number of the first process comes from one generator,
+or from another that it has seeded, in the chapter's order.
 
 Axes: B batch, T tokens.
 """
@@ -16,11 +16,10 @@ import shutil
 import signal
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import islice, pairwise
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +56,6 @@ class Settings(NamedTuple):
     context_length: int = 256  # tokens in a window; the model may be able to see more
 
 
-DEFAULTS = asdict(GPT_CONFIG_124M) | Settings()._asdict()
-
-
 class Windows(NamedTuple):
     """The text as a model sees it, (n, T + 1) tokens in the training and in the validation set."""
     train: np.ndarray
@@ -71,7 +67,7 @@ class Progress(NamedTuple):
     data_hash: str               # of its windows
     generator_state: Tensor
     step: int = 0                # steps done
-    order: Tensor | None = None  # of the windows in this epoch
+    order: Tensor | None = None  # of the windows in this epoch: (steps an epoch, B)
     evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
 
 
@@ -101,11 +97,8 @@ def read_text(paths: Sequence[str | Path]) -> str:
 
 def tokenize(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
     """The token ids of a text, as 16-bit integers (section 5.1.3)."""
-    cut = re.compile(r"(?<=\S)[ \n]")  # no token reaches from before a blank into it, so these pieces are exact
-    starts = [0]
-    while len(text) - starts[-1] > PIECE and (found := cut.search(text, starts[-1] + PIECE)):
-        starts.append(found.start())
-    pieces = [text[start:end] for start, end in pairwise([*starts, len(text)])]
+    # No token reaches from before a blank into it: pieces that end before one have the tokens of the whole.
+    pieces = re.findall(rf"(?s).{{{PIECE}}}.*?\S(?=[ \n])|.*", text)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tokens = pool.map(
             lambda piece: tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT}).astype(np.uint16), pieces)
@@ -131,11 +124,17 @@ def read_windows(settings: Settings, tokenizer: tiktoken.Encoding) -> Windows:
     return Windows(train, val)
 
 
-def pass_order(n: int, generator: torch.Generator, shuffle: bool) -> Tensor:
-    """The order of one pass over n windows (n,), with the draws of the chapter's DataLoader (section 5.1.3)."""
+def batches(n: int, batch_size: int, generator: torch.Generator, shuffle: bool) -> tuple[Tensor, ...]:
+    """For each batch of a pass over n windows, the numbers of its windows (B,), drawn as the chapter does (5.1.3).
+
+    A shuffled pass, for training, drops the last batch if it is not full.
+    """
     # DataLoader draws a seed for its worker processes, even where it has none, and then one for the order, if any.
     seeds = torch.empty(2 if shuffle else 1, dtype=torch.int64).random_(generator=generator)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int(seeds[1]))) if shuffle else torch.arange(n)
+    if not shuffle:
+        return torch.split(torch.arange(n), batch_size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(int(seeds[1])))
+    return torch.split(order[:n - n % batch_size], batch_size)
 
 
 def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,20 +143,11 @@ def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device) -> tuple[T
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def batches(windows: np.ndarray, batch_size: int, generator: torch.Generator, shuffle: bool,
-            device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over the windows: inputs and targets (B, T). A shuffled pass drops the last, partial batch (5.1.3)."""
-    for rows in torch.split(pass_order(len(windows), generator, shuffle), batch_size):
-        if len(rows) == batch_size or not shuffle:
-            yield batch_of(windows, rows, device)
-
-
 @torch.no_grad()
-def calc_loss_loader(params: Params, loader: Iterator[tuple[Tensor, Tensor]], config: Config,
-                     num_batches: int | None = None) -> float:
-    """The mean loss of the first num_batches batches, of all by default; nan if there is none (section 5.1.3)."""
-    losses = [calc_loss(params, *batch, config).item() for batch in islice(loader, num_batches)]
-    return sum(losses) / len(losses) if losses else float("nan")
+def calc_loss_loader(params: Params, windows: np.ndarray, loader: Sequence[Tensor], config: Config) -> float:
+    """The mean loss over batches of windows, each given by their numbers, without dropout (section 5.1.3)."""
+    device = params["tok_emb.weight"].device
+    return sum(calc_loss(params, *batch_of(windows, rows, device), config).item() for rows in loader) / len(loader)
 
 
 def evaluate_model(params: Params, train_windows: np.ndarray, val_windows: np.ndarray, batch_size: int, config: Config,
@@ -166,16 +156,16 @@ def evaluate_model(params: Params, train_windows: np.ndarray, val_windows: np.nd
 
     The generator gives the order of the training batches.
     """
-    device = params["tok_emb.weight"].device
-    train, val = (batches(train_windows, batch_size, generator, True, device),
-                  batches(val_windows, batch_size, generator, False, device))
-    return calc_loss_loader(params, train, config, eval_iter), calc_loss_loader(params, val, config, eval_iter)
+    train_loader = batches(len(train_windows), batch_size, generator, shuffle=True)[:eval_iter]
+    val_loader = batches(len(val_windows), batch_size, generator, shuffle=False)[:eval_iter]
+    return (calc_loss_loader(params, train_windows, train_loader, config),
+            calc_loss_loader(params, val_windows, val_loader, config))
 
 
 def init_optimizer(params: Params) -> OptState:
-    """AdamW's state before the first step: its step count and two moments for each parameter, all 0 (section 5.2)."""
-    first, second = ({name: torch.zeros_like(tensor) for name, tensor in params.items()} for _ in range(2))
-    return {"step": torch.zeros((), device=params["tok_emb.weight"].device), "exp_avg": first, "exp_avg_sq": second}
+    """AdamW's state before the first step: for each parameter a step count and two moments, all 0 (section 5.2)."""
+    return {name: {"step": torch.zeros((), device=tensor.device), "exp_avg": torch.zeros_like(tensor),
+                   "exp_avg_sq": torch.zeros_like(tensor)} for name, tensor in params.items()}
 
 
 def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
@@ -197,12 +187,12 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
     if average is not None:
         gradients = average(gradients)
-    first, second = ([opt_state[key][name] for name in names.values()] for key in ("exp_avg", "exp_avg_sq"))
-    with torch.no_grad():  # adamw counts the steps up in place, one count for each tensor
-        adamw(list(leaves.values()), gradients, first, second, max_exp_avg_sqs=[], amsgrad=False, maximize=False,
-              state_steps=[opt_state["step"].clone() for _ in leaves], beta1=0.9, beta2=0.999, eps=1e-8, lr=lr,
-              weight_decay=weight_decay, fused=True)
-    return params, opt_state | {"step": opt_state["step"] + 1}, loss.detach()
+    first, second, steps = ([opt_state[name][key] for name in names.values()]
+                            for key in ("exp_avg", "exp_avg_sq", "step"))
+    with torch.no_grad():
+        adamw(list(leaves.values()), gradients, first, second, max_exp_avg_sqs=[], state_steps=steps, fused=True,
+              amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr, weight_decay=weight_decay)
+    return params, opt_state, loss.detach()
 
 
 def reduce(tensors: list[Tensor], operation: Any) -> list[Tensor]:
@@ -245,143 +235,139 @@ def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoc
 
 
 def catch_signals() -> list[int]:
-    """A list that will hold the first Ctrl-C or SIGTERM to come; a second one ends the process at once."""
-    caught: list[int] = []
+    """A list that will hold the first Ctrl-C, SIGTERM or SIGHUP to come; a second one ends the process at once."""
+    caught, handled = list[int](), [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        handled.append(signal.SIGHUP)
 
     def handle(signum: int, _frame: Any) -> None:
         caught.append(signum)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in handled:
             signal.signal(each, signal.SIG_DFL)
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in handled:
         signal.signal(each, handle)
     return caught
 
 
-@contextmanager
-def unread_is_a_signal(bar: tqdm, signals: list[int]) -> Iterator[None]:
-    """Around what prints: adds SIGPIPE to the signals if none can read it any more, so that the run saves and stops."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError:
-        bar.disable = True  # or it would fail once more when it is closed
-        signals.append(signal.SIGPIPE)
-
-
 def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
-          tokenizer: tiktoken.Encoding, generator: torch.Generator, settings: Settings, rank: int, world_size: int,
-          signals: list[int], save: Callable[[Params, OptState, Progress], None]) -> Progress:
+          tokenizer: tiktoken.Encoding, generator: torch.Generator, settings: Settings, checkpoint: str,
+          signals: list[int], rank: int = 0, world_size: int = 1) -> Progress:
     """How far training came, to the end or until there is a signal in the list; prints the chapter's log (section 5.2).
 
-    The trained parameters go to `save`: at the end, when interrupted, and every `save_every` steps. This is process
-    `rank` of `world_size`, each of which takes its part of every batch; process 0 alone saves, evaluates and prints.
+    Writes the checkpoint at the end, when interrupted, and every `save_every` steps. Adds a SIGPIPE to the signals when
+    none can read the log any more. This is process `rank` of `world_size`, each of which takes its part of every batch;
+    process 0 alone saves, evaluates and prints.
     """
     device, dtype, leader = params["tok_emb.weight"].device, getattr(torch, settings.dtype), rank == 0
+    n, batch_size = len(windows.train), settings.batch_size
+    steps_per_epoch, batch_tokens = n // batch_size, batch_size * settings.context_length
+    total, order = settings.epochs * steps_per_epoch, progress.order
 
     def average(gradients: list[Tensor]) -> list[Tensor]:
         return [gradient.div_(world_size) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
 
     def largest(value: Tensor) -> Tensor:
         return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if world_size > 1 else value
-    n, batch_size = len(windows.train), settings.batch_size
-    steps_per_epoch, rows_each = n // batch_size, batch_size // world_size
-    total, batch_tokens = settings.epochs * steps_per_epoch, batch_size * settings.context_length
-    order = progress.order
     with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
               unit_scale=True, disable=not leader) as bar:
         for step in range(progress.step, total):
-            # As `batches` does, but a run may go on in the middle of an epoch, and each process takes its own rows.
             epoch, index = divmod(step, steps_per_epoch)
             if index == 0 or order is None:  # None: in the middle of an epoch, but in a file of another origin
-                order = pass_order(n, generator, shuffle=True) if leader else torch.zeros(n, dtype=torch.int64)
-                order = largest(order)  # the leader's, for all
-            start = index * batch_size + rank * rows_each
-            inputs, targets = batch_of(windows.train, order[start:start + rows_each], device)
+                order = torch.stack(batches(n, batch_size, generator, shuffle=True))
+                order = largest(order if leader else torch.zeros_like(order))  # the leader's, for all
+            inputs, targets = batch_of(windows.train, order[index].chunk(world_size)[rank], device)
             params, opt_state, _ = train_step(
                 params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, rank),
                 lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
                 average=average if world_size > 1 else None)
-            with unread_is_a_signal(bar, signals):
-                bar.update(batch_tokens)
+            log = []
             if leader and step % settings.eval_freq == 0:
-                losses = evaluate_model(
+                train_loss, val_loss = evaluate_model(
                     cast(params, dtype), *windows, batch_size, config, generator, settings.eval_iter)
-                evaluation = ((step + 1) * batch_tokens, *losses)
+                evaluation = ((step + 1) * batch_tokens, train_loss, val_loss)
                 progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
-                with unread_is_a_signal(bar, signals):  # tqdm.write: clear of the bar, which is on standard error
-                    tqdm.write(f"Ep {epoch + 1} (Step {step:06d}): Train loss {losses[0]:.3f}, "
-                               f"Val loss {losses[1]:.3f}", file=sys.stdout)
+                log.append(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
             if leader and index == steps_per_epoch - 1:
                 prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
                 text = token_ids_to_text(generate(cast(params, dtype), prompt, config, 50), tokenizer)
-                with unread_is_a_signal(bar, signals):
-                    tqdm.write(text.replace("\n", " "), file=sys.stdout)
+                log.append(text.replace("\n", " "))
+            try:
+                bar.update(batch_tokens)
+                for line in log:
+                    tqdm.write(line, file=sys.stdout)  # clear of the bar, which is on standard error
+                sys.stdout.flush()
+            except OSError:  # none can read it any more, but no work is lost
+                bar.disable = True  # or it would fail once more when it is closed
+                signals.append(signal.SIGPIPE)
             stop = largest(torch.tensor(len(signals))).item()  # if any process has got a signal
             progress = progress._replace(step=step + 1, order=order, generator_state=generator.get_state())
             saving = settings.save_every and (step + 1) % settings.save_every == 0
             if leader and (stop or saving or step + 1 == total):
-                save(params, opt_state, progress)
+                save_checkpoint(checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
+                                progress=progress._asdict(), settings=settings._asdict())
             if stop:
                 break
     return progress
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of this command line; an option that is not given is None where `settle` finds its value."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS,
-                                     description="Train a GPT-2 model on a text, as the chapter does.")
-
-    def add(name: str, parse: Callable[[str], Any], meaning: str, **options: Any) -> None:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, help=f"{meaning} (default: {DEFAULTS[name]})",
-                            **options)
-    parser.add_argument("--data", nargs="+", help=f"UTF-8 text files (default: {' '.join(DEFAULTS['data'])})")
-    add("train_ratio", number(float, 0, 1, above=True), "the part of the text to train on")
-    add("epochs", number(int, 0), "in all, also with --resume; 0 prints the losses")
-    add("batch_size", number(int, 1), "windows a step, over all processes")
-    add("lr", number(float, 0, above=True), "AdamW's learning rate")
-    add("weight_decay", number(float, 0), "AdamW's weight decay")
-    add("eval_freq", number(int, 1), "steps between evaluations")
-    add("eval_iter", number(int, 1), "batches of each set in an evaluation")
-    add("start_context", str, "what the samples continue")
-    add("save_every", number(int, 0), "steps between saves; 0: at the end and when interrupted")
-    add("context_length", number(int, 1), "tokens in a window, and the most that a fresh model can see")
-    add("vocab_size", int, "of the model, that of GPT-2's tokenizer", choices=[DEFAULTS["vocab_size"]])
-    add("emb_dim", number(int, 1), "of the model")
-    add("n_layers", number(int, 1), "of the model")
-    add("drop_rate", number(float, 0, 1), "of the model")
-    parser.add_argument("--qkv-bias", action=argparse.BooleanOptionalAction, help="of the model (default: without)")
-    parser.add_argument("--checkpoint", default="model.pth", help="where the model is saved (default: %(default)s)")
-    parser.add_argument("--plot", default="loss.png", help="the picture: .png, .pdf or .svg (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
-    sample.add_shared_options(parser, None, "`openai` to start from the published GPT-2 (default: fresh ones)")
-    parser.set_defaults(seed=None, dtype=None)  # or a resumed run would not have those it was started with
+    """The parser of this command line; the defaults are those of Settings and of the chapter's configuration."""
+    parser = sample.new_parser("Train a GPT-2 model on a text, as the chapter does.")
+    add = parser.add_argument
+    add("--data", nargs="+", help="UTF-8 text files")
+    add("--train-ratio", type=number(float, 0, 1, above=True), help="the part of the text to train on")
+    add("--epochs", type=number(int, 0), help="in all, also with --resume; 0 prints the losses")
+    add("--batch-size", type=number(int, 1), help="windows a step, over all processes")
+    add("--lr", type=number(float, 0, above=True), help="AdamW's learning rate")
+    add("--weight-decay", type=number(float, 0), help="AdamW's weight decay")
+    add("--eval-freq", type=number(int, 1), help="steps between evaluations")
+    add("--eval-iter", type=number(int, 1), help="batches of each set in an evaluation")
+    add("--start-context", help="what the samples continue")
+    add("--save-every", type=number(int, 0), help="steps between saves; 0: at the end and when interrupted")
+    add("--context-length", type=number(int, 1), help="tokens in a window, and the most that a fresh model can see")
+    add("--vocab-size", type=int, choices=[GPT_CONFIG_124M.vocab_size], help="of the model, that of GPT-2's tokenizer")
+    add("--emb-dim", type=number(int, 1), help="of the model")
+    add("--n-layers", type=number(int, 1), help="of the model")
+    add("--drop-rate", type=number(float, 0, 1), help="of the model")
+    add("--qkv-bias", action=argparse.BooleanOptionalAction, help="of the model")
+    add("--checkpoint", default="model.pth", help="where the model is saved")
+    add("--plot", default="loss.png", help="the picture: .png, .pdf or .svg")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--weights", choices=["openai"], help="start from the published GPT-2; from others: --resume")
+    start.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
+    parser.set_defaults(**asdict(GPT_CONFIG_124M) | Settings()._asdict() | {"n_heads": None})
     return parser
 
 
-def settle(given: dict[str, Any], loaded: Checkpoint | None, source: str) -> tuple[Settings, Config]:
+def settle(arguments: list[str], loaded: Checkpoint | None, source: str) -> tuple[Settings, Config]:
     """What decides a run: each option as given, or else as in what was loaded from source, or else as in the chapter.
 
     ValueError for an option that contradicts what was loaded: of a model, only drop_rate can be changed; windows may be
     shorter than its context; a run that goes on keeps its windows, its batches and its seed.
     """
-    kept, fixed = DEFAULTS, list[str]()
+    parser, model, saved = build_parser(), GPT_CONFIG_124M, dict[str, Any]()
     if loaded is not None:
-        saved, room = loaded.run.get("settings", {}), loaded.config.context_length
-        kept = DEFAULTS | asdict(loaded.config) | {"context_length": min(DEFAULTS["context_length"], room)} | saved
-        fixed = ["emb_dim", "n_heads", "n_layers", "qkv_bias"]
-        fixed += ["batch_size", "context_length", "seed", "train_ratio"] if saved else []
-    for name in fixed:
-        if given.get(name, kept[name]) != kept[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]} contradicts {source}: {kept[name]} there")
-    chosen = kept | given
+        model, saved = loaded.config, loaded.run.get("settings", {})
+    window = min(model.context_length, Settings().context_length)
+    parser.set_defaults(**asdict(model) | {"context_length": window})
+    # What was saved is parsed as if it had been typed before the arguments, and so checked as they are.
+    before = [f"--{name.replace('_', '-')}={saved[name]}" for name in Settings._fields[1:] if name in saved]
+    before += ["--data", *saved["data"]] if "data" in saved else []
+    kept, chosen = vars(parser.parse_args(before)), vars(parser.parse_args([*before, *arguments]))
+    fixed = ["emb_dim", "n_heads", "n_layers", "qkv_bias"] if loaded else []
+    for name in fixed + (["batch_size", "context_length", "seed", "train_ratio"] if saved else []):
+        if chosen[name] != kept[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {chosen[name]} contradicts {source}: {kept[name]} there")
     settings = Settings(*(chosen[name] for name in Settings._fields))
     if not settings.start_context:
         raise ValueError("--start-context is empty: give the samples something to continue")
+    config = Config(**{name: chosen[name] for name in asdict(model)})
     if loaded is None:
-        return settings, Config(**{name: chosen[name] for name in asdict(GPT_CONFIG_124M)})
-    if settings.context_length > room:
-        raise ValueError(f"--context-length {settings.context_length} contradicts {source}: {room} there")
-    return settings, replace(loaded.config, drop_rate=chosen["drop_rate"])
+        return settings, config
+    if settings.context_length > model.context_length:
+        raise ValueError(f"--context-length {settings.context_length} is more than {source} can see: "
+                         f"{model.context_length}")
+    return settings, replace(model, drop_rate=config.drop_rate)
 
 
 def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Params) -> None:
@@ -391,17 +377,15 @@ def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Para
         raise ValueError("--checkpoint and --plot must be different files, and none of --data")
     if plot.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise ValueError(f"--checkpoint {checkpoint} is there and is no checkpoint: it will not be overwritten")
     for path in (checkpoint, plot):
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is a directory or a device, not a file to write")
+        if path.exists() and not (path.is_file() and (path == plot or zipfile.is_zipfile(path))):
+            kind = "picture" if path == plot else "checkpoint"
+            raise ValueError(f"{path} is there and is no {kind}: it will not be overwritten")
         with open(f"{path}.partial", "wb"):
             os.remove(f"{path}.partial")
     needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
     needed *= 2 if settings.save_every else 1  # the second file is written beside the first
-    free = shutil.disk_usage(checkpoint.resolve().parent).free
-    if free < needed:
+    if (free := shutil.disk_usage(checkpoint.parent).free) < needed:
         raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
@@ -414,7 +398,7 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if world_size > 1:
         device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device, rank, local_rank, world_size
 
 
@@ -433,10 +417,6 @@ def main() -> int:
     """The exit status of `python train.py`."""
     tune_allocator()
     args = build_parser().parse_args()
-    if args.weights not in (None, "openai"):
-        raise ValueError("--weights can only be openai; to go on from a file, use --resume --checkpoint FILE")
-    if args.resume and args.weights:
-        raise ValueError("--resume goes on from --checkpoint, --weights openai starts anew: give one of them")
     device, rank, local_rank, world_size = join_processes(sample.pick_device(args.device))
     source, loaded = args.checkpoint if args.resume else args.weights, None
     my_turn = 0 if rank == 0 else 1 if local_rank == 0 else 2  # the first on each machine downloads, the others find it
@@ -444,7 +424,7 @@ def main() -> int:
         if source and turn == my_turn:
             loaded = sample.load_model(source, args)
         reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)  # a barrier: all wait for those whose turn it is
-    settings, config = settle({name: value for name, value in vars(args).items() if value is not None}, loaded, source)
+    settings, config = settle(sys.argv[1:], loaded, source)
     if settings.batch_size % world_size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {world_size} processes")
 
@@ -453,11 +433,14 @@ def main() -> int:
     data_hash = hashlib.sha256(b"".join(part.tobytes() for part in windows)).hexdigest()
     generator = torch.Generator().manual_seed(settings.seed)
     params, _, opt_state, run = loaded or (init_params(config, generator), config, None, {})
-    fresh = Progress(data_hash, generator.get_state(), step=int(opt_state["step"]) if opt_state else 0)
-    progress = fresh._replace(**run.get("progress", {}))
+    done = int(opt_state["out_head.weight"]["step"]) if opt_state else 0
+    progress = Progress(data_hash, generator.get_state(), done)._replace(**run.get("progress", {}))
     generator.set_state(progress.generator_state)
     if progress.data_hash != data_hash:
         raise ValueError(f"{source} was made with other data than {' '.join(settings.data)}")
+    mark = int(hashlib.sha256(repr((config, progress.step, data_hash)).encode()).hexdigest()[:15], 16)
+    if reduce([torch.tensor([mark, -mark], device=device)], dist.ReduceOp.MAX)[0].sum():  # the largest - the smallest
+        raise ValueError("the processes do not have the same checkpoint and data")
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
         print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
@@ -477,15 +460,12 @@ def main() -> int:
         if "progress" not in run and os.path.exists(args.checkpoint):  # it is not the beginning of this run
             keep_old(args.checkpoint)
 
-    def save(params: Params, opt_state: OptState, progress: Progress) -> None:
-        save_checkpoint(args.checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
-                        progress=progress._asdict(), settings=settings._asdict())
     params = cast(params, torch.float32, device)
     opt_state = opt_state or init_optimizer(params)
-    moments = {key: cast(opt_state[key], torch.float32, device) for key in ("exp_avg", "exp_avg_sq")}
+    opt_state = {name: cast(state, torch.float32, device) for name, state in opt_state.items()}
     signals = catch_signals()
-    progress = train(params, {"step": opt_state["step"].to(device), **moments}, config, progress, windows, tokenizer,
-                     generator, settings, rank, world_size, signals, save)
+    progress = train(params, opt_state, config, progress, windows, tokenizer, generator, settings, args.checkpoint,
+                     signals, rank, world_size)
     if rank == 0 and progress.evaluations:
         tokens_per_epoch = steps_per_epoch * settings.batch_size * settings.context_length
         plot_losses(progress.evaluations, tokens_per_epoch, args.plot)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gpt import GPT_CONFIG_124M, Config, Params, param_shapes
 
-OptState = dict[str, Any]  # {"step": scalar, "exp_avg": Params, "exp_avg_sq": Params}, made by train.init_optimizer
+OptState = dict[str, Params]  # for each parameter its "step", "exp_avg" and "exp_avg_sq", made by train.init_optimizer
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
@@ -57,15 +57,18 @@ def check_params(params: Params, config: Config) -> Params:
 
     They are contiguous, as AdamW's fused kernel takes it for granted: the chapter saves OpenAI's weights transposed.
     """
+    if config.n_layers > len(params):  # or a file of a few bytes could ask for any number of names
+        raise ValueError(f"{len(params)} parameters are too few for n_layers {config.n_layers}")
     shapes = param_shapes(config)
     for name in shapes | params:
         tensor, shape = params.get(name), shapes.get(name, "absent")
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) and tensor.is_floating_point() else "no float tensor"
         if found != shape:
             raise ValueError(f"the parameter {name} has to be {shape}, but is {found}")
-    tensors: dict[tuple[int, torch.Size], Tensor] = {}  # two tensors in the same memory are one: weights are tied
-    return {name: tensors.setdefault((params[name].data_ptr(), params[name].shape), params[name].contiguous())
-            for name in shapes}
+    checked = {name: params[name].contiguous() for name in shapes}
+    if params["out_head.weight"].is_set_to(params["tok_emb.weight"]):  # the same memory: they are tied
+        checked["out_head.weight"] = checked["tok_emb.weight"]
+    return checked
 
 
 @contextmanager
@@ -95,12 +98,9 @@ def save_checkpoint(path: str | Path, params: Params, config: Config, opt_state:
     """
     content = {"model_state_dict": params, "config": asdict(config), "run": run}
     if opt_state is not None:
-        moments = zip(opt_state["exp_avg"].values(), opt_state["exp_avg_sq"].values(), strict=True)
         optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay).state_dict()  # all options
         optimizer["param_groups"][0]["params"] = list(range(len(params)))
-        optimizer["state"] = {i: {"step": opt_state["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
-                              for i, (first, second) in enumerate(moments)}
-        content["optimizer_state_dict"] = optimizer
+        content["optimizer_state_dict"] = optimizer | {"state": dict(enumerate(opt_state.values()))}
     with write_atomically(path) as file:
         torch.save(content, file)
 
@@ -146,10 +146,9 @@ def infer_config(params: Params, n_heads: int | None = None) -> Config:
 
 def read_adamw(optimizer: dict[str, Any], params: Params) -> OptState:
     """The optimizer state by the parameters' names; torch.optim.AdamW keeps it by their number, in the same order."""
-    states = [optimizer["state"][i] for i in range(len(params))]
-    moments = {key: {name: assign(params[name], state[key]) for name, state in zip(params, states, strict=True)}
-               for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.as_tensor(states[0]["step"], dtype=torch.float32), **moments}
+    return {name: {key: assign(left, optimizer["state"][i][key])
+                   for key, left in (("step", torch.zeros(())), ("exp_avg", tensor), ("exp_avg_sq", tensor))}
+            for i, (name, tensor) in enumerate(params.items())}
 
 
 def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = OPENAI_URL) -> Path:
@@ -194,21 +193,17 @@ def download(url: str, path: Path) -> None:
         start = start if response.status_code == 206 else 0  # else the server sends the whole, whatever was asked
         length, md5 = response.headers.get("Content-Length"), response.headers.get("x-ms-blob-content-md5")
         md5 = md5 if start else response.headers.get("Content-MD5")  # which is that of what is sent
-        total = start + int(length) if length else None
         with open(partial, "r+b" if start else "wb") as file, tqdm(
-                desc=path.name, initial=start, total=total, unit="B", unit_scale=True) as bar:
+                desc=path.name, initial=start, total=start + int(length) if length else None, unit="B",
+                unit_scale=True) as bar:
             file.seek(start)
-            for chunk in response.iter_content(chunk_size=2**13):  # all that a broken connection can lose
-                file.write(chunk)
-                bar.update(len(chunk))
-    size = partial.stat().st_size
-    if total is not None and size < total:
-        raise requests.ConnectionError("the connection broke")
+            # A chunk is all that a broken connection can lose; less than Content-Length is an error of urllib3's.
+            for chunk in response.iter_content(chunk_size=2**13):
+                bar.update(file.write(chunk))
     with open(partial, "rb") as file:
-        wrong = md5 and base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode() != md5
-    if wrong or (total is not None and size > total):
-        partial.unlink()  # a wrong beginning can't be mended: the next attempt starts anew
-        raise requests.RequestException("what came is not what the server announced")
+        if md5 and base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode() != md5:
+            partial.unlink()  # a wrong beginning can't be mended: the next attempt starts anew
+            raise requests.RequestException("what came is not what the server announced")
     os.replace(partial, path)
 
 

@@ -114,7 +114,7 @@ def ours(dtype: str = "float32") -> tuple[Any, Any, Work]:
     import sample
     config = replace(gpt.GPT_CONFIG_124M, context_length=1024, drop_rate=0.0, qkv_bias=True)
     params = gpt.init_params(config, torch.Generator().manual_seed(0))
-    return sample.cast(params, getattr(torch, dtype)), config, sample.generate
+    return gpt.cast(params, getattr(torch, dtype)), config, sample.generate
 
 
 def decode(name: str) -> float:
@@ -123,7 +123,8 @@ def decode(name: str) -> float:
     torch.manual_seed(0)
     ids = torch.randint(0, 50257, (1, PROMPT))
     if name == "read-fp32":
-        count = sum(tensor.numel() for key, tensor in ours()[0].items() if "_emb." not in key)
+        from gpt import EMBEDDINGS
+        count = sum(tensor.numel() for key, tensor in ours()[0].items() if key not in EMBEDDINGS)
         weights = torch.ones(count)
         return repeated(lambda: weights.sum(), 2, 20)
     if name.startswith("ours"):
