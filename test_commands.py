@@ -166,6 +166,15 @@ def test_a_fresh_run_keeps_the_checkpoint_that_it_finds(command):
     assert Path("model.pth.old").read_bytes() == found != Path("model.pth").read_bytes()
 
 
+def test_a_converted_file_of_openais_is_kept_too(command):
+    config = train.Config(50257, 16, 8, 2, 1, 0.0, True)
+    save_checkpoint("converted.pth", train.init_params(config, torch.Generator()), config, source=[[1, 2]])
+    found = Path("converted.pth").read_bytes()
+    assert command("train.py", *DATA, "--resume", "--checkpoint", "converted.pth", "--epochs", "1", "--batch-size", "9",
+                   "--eval-iter", "1")[0] == 0
+    assert Path("converted.pth.old").read_bytes() == found
+
+
 def test_a_run_goes_on_with_its_own_text_alone(command):
     story = Path(DATA[1]).read_text(encoding="utf-8")
     Path("a.txt").write_text(story, encoding="utf-8")
@@ -353,6 +362,12 @@ def test_a_batch_that_cannot_be_split_is_refused(command, monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
     status, _, errors = command("train.py", *SMALL)
     assert status == 2 and "--batch-size 10 can't be split evenly over 3 processes" in errors
+
+
+def test_processes_that_have_not_the_same_file_and_text_are_refused(command, monkeypatch):
+    monkeypatch.setattr(train, "reduce", lambda tensors, _: [tensor + 1 for tensor in tensors])  # another had more
+    status, _, errors = command("train.py", *SMALL)
+    assert status == 2 and "do not have the same checkpoint and data" in errors
 
 
 # Mistakes: arguments, and words of the one line that they cost

@@ -415,5 +415,14 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_fields_name(field, value
 
 
 def test_more_tokens_than_the_context_are_refused():
-    with pytest.raises(ValueError, match="13 tokens are more than context_length 12"):
-        forward(init_params(TINY, seeded()), torch.zeros(1, 13, dtype=torch.long), TINY)
+    params, ids = init_params(TINY, seeded()), torch.zeros(1, 13, dtype=torch.long)
+    cache = gpt.empty_cache(params, 1, 13, TINY)
+    for arguments in ((ids, TINY), (ids[:, :1], TINY, None, cache, 12)):
+        with pytest.raises(ValueError, match="13 tokens are more than context_length 12"):
+            forward(params, *arguments)
+
+
+def test_logits_are_float32_at_least():
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
+        params = cast(init_params(TINY, seeded()), dtype)
+        assert forward(params, torch.zeros(1, 3, dtype=torch.long), TINY).dtype == expected
