@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -663,18 +664,21 @@ for value in range(1, 10**6):
 
 
 def test_a_process_killed_while_saving_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    path, rng = tmp_path / "a.pth", random.Random(0)
+    path, partial, rng = tmp_path / "a.pth", tmp_path / "a.pth.partial", random.Random(0)
     during = 0
     for _ in range(100 if os.environ.get("LONG_TESTS") else 5):
         saver = subprocess.Popen([sys.executable, "-c", SAVER, path], cwd=HERE, stdout=subprocess.PIPE, text=True)
         for line in saver.stdout:
             if int(line) == 3:
                 break
-        killer = threading.Timer(rng.uniform(0, 0.03), saver.kill)  # some moment in the third save, or soon after
-        killer.start()
+        written = rng.random() * path.stat().st_size
+        while written > 0:  # until that much of the third file, or of one after it, is there
+            with suppress(FileNotFoundError):
+                written = 0 if partial.stat().st_size >= written else written
+        saver.kill()
         latest = max([3, *(int(line) for line in saver.stdout if line.strip())])
         saver.wait()
-        during += (tmp_path / "a.pth.partial").exists()
+        during += partial.exists()
         values = {float(tensor.min()) for tensor in weights.load_checkpoint(path).params.values()} | {
             float(tensor.max()) for tensor in weights.load_checkpoint(path).params.values()}
         assert len(values) == 1 and values <= {float(latest - 1), float(latest)}
