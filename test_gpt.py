@@ -266,8 +266,10 @@ def test_a_step_is_one_of_pytorchs_adamw():
         expected.backward()
         optimizer.step()
         assert loss == pytest.approx(expected.item(), abs=1e-6)
-    for name in params:
+    states = optimizer.state_dict()["state"]
+    for i, name in enumerate(params):
         torch.testing.assert_close(params[name], reference[name].detach(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(opt_state[name], states[i], atol=1e-6, rtol=1e-4)
 
 
 def test_tied_weights_stay_tied_through_a_step():
