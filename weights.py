@@ -247,8 +247,7 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
         at_fault = data
         params = {name: our_layout(name, reader.get_tensor(variable)) for name, variable in variables.items()
                   if variable in there}
-    except (tf.errors.OpError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        at_fault = data if data in str(error) else at_fault  # a data file that is cut is noticed with the index
+    except (tf.errors.OpError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{folder / at_fault} is damaged: delete it to download it again") from None
     try:
         if wrong := there ^ set(variables.values()):
