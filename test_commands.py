@@ -296,7 +296,7 @@ def test_the_readmes_python_blocks_print_what_it_says(tmp_path, monkeypatch, cap
 
 
 def test_the_readmes_command_lines_are_understood():
-    lines = re.findall(r"python (train|sample)\.py ?([^`#\n]*)", README)
+    lines = re.findall(r"python (train|sample)\.py ?([^`#\n]*)", README.replace("\\\n", ""))
     assert len(lines) > 9
     for script, arguments in lines:
         parser = {"train": train.build_parser, "sample": sample.build_parser}[script]()
@@ -355,6 +355,11 @@ def test_a_killed_process_ends_the_others_and_one_process_goes_on(command, tmp_p
     assert steps >= 1
     status, output, _ = command("train.py", "--resume", "--epochs", str(steps // 6 + 1))
     assert status == 0 and output.startswith(f"Ep {steps // 6 + 1} (Step {steps:06d})")
+
+
+def test_a_rank_without_other_processes_is_of_no_account(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert command("train.py", *SMALL, "--epochs", "1")[0] == 0
 
 
 def test_a_batch_that_cannot_be_split_is_refused(command, monkeypatch):
@@ -418,6 +423,8 @@ TRAIN_MISTAKES = [
     ([*SMALL, "--checkpoint", "absent/model.pth"], "absent/model.pth", "No such file"),
     ([*SMALL, "--checkpoint", "empty.txt/model.pth"], "empty.txt/model.pth", "Not a directory"),
     ([*SMALL, "--checkpoint", "folder"], "folder is there and is no checkpoint"),
+    ([*SMALL, "--checkpoint", "folder/"], "folder is there and is no checkpoint"),
+    ([*SMALL, "--checkpoint", "absent/m.pth/"], "absent/m.pth", "No such file"),
     ([*SMALL, "--checkpoint", "pipe"], "pipe is there and is no checkpoint"),
     ([*SMALL, "--plot", "pipe.png"], "pipe.png is there and is no picture"),
     ([*SMALL, "--checkpoint", "latin1.txt"], "latin1.txt is there and is no checkpoint"),

@@ -330,8 +330,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n-layers", type=number(int, 1), help="of the model")
     add("--drop-rate", type=number(float, 0, 1), help="of the model")
     add("--qkv-bias", action=argparse.BooleanOptionalAction, help="of the model")
-    add("--checkpoint", default="model.pth", help="where the model is saved")
-    add("--plot", default="loss.png", help="the picture: .png, .pdf or .svg")
+    add("--checkpoint", type=os.path.normpath, default="model.pth", help="where the model is saved")
+    add("--plot", type=os.path.normpath, default="loss.png", help="the picture: .png, .pdf or .svg")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--weights", choices=["openai"], help="start from the published GPT-2; from others: --resume")
     start.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
@@ -399,7 +399,7 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
     if world_size > 1:
         device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return device, rank, local_rank, world_size
+    return (device, rank, local_rank, world_size) if world_size > 1 else (device, 0, 0, 1)
 
 
 def keep_old(checkpoint: str) -> None:
