@@ -134,7 +134,7 @@ def batches(n: int, batch_size: int, generator: torch.Generator, shuffle: bool) 
     if not shuffle:
         return torch.split(torch.arange(n), batch_size)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(int(seeds[1])))
-    return torch.split(order[:n - n % batch_size], batch_size)
+    return torch.split(order, batch_size)[:n // batch_size]
 
 
 def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -396,10 +396,11 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if world_size > 1:
-        device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return (device, rank, local_rank, world_size) if world_size > 1 else (device, 0, 0, 1)
+    if world_size == 1:
+        return device, 0, 0, 1
+    device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return device, rank, local_rank, world_size
 
 
 def keep_old(checkpoint: str) -> None:
