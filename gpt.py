@@ -1,22 +1,23 @@
 """GPT-2 as pure functions over a flat dict of parameters.
 
 `forward` embeds the tokens, applies `transformer_block` n_layers times and scores every vocabulary entry as the next
-token. Each function gets all the parameters and the `prefix` of those it uses: "trf_blocks.3.att", as in a state_dict.
+token. Each function gets all the parameters and the `prefix` of those that it uses, such as "trf_blocks.3.att".
 
-Nothing is remembered between calls: the same arguments, a generator's state among them, give the same result. What is
-drawn from a generator moves it on; beyond that, a function writes into its arguments only where its docstring says so.
-A docstring begins with what is returned, or else done.
+Nothing is remembered between calls: the same arguments give the same result. Two kinds of arguments change, and their
+names are always the same: drawing moves a `generator` on, and a `cache` is written into.
 
 Axes, one letter each: B batch, T tokens, V vocabulary, E embedding, H heads, D head size (E = H * D).
 """
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Params = dict[str, Tensor]  # the names are those of the chapter's state_dict
-EMBEDDINGS = ("tok_emb.weight", "pos_emb.weight")  # only looked up, never multiplied
+EMBEDDINGS = ("tok_emb.weight", "pos_emb.weight")  # tables: their rows are looked up, not multiplied
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if self.emb_dim % self.n_heads:
             raise ValueError(f"emb_dim {self.emb_dim} must be a multiple of n_heads {self.n_heads}")
-        if type(self.drop_rate) not in (int, float) or not 0 <= self.drop_rate < 1:
+        if not isinstance(self.drop_rate, (int, float)) or not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate must be at least 0 and less than 1, not {self.drop_rate!r}")
-        if type(self.qkv_bias) is not bool:
+        if not isinstance(self.qkv_bias, bool):
             raise ValueError(f"qkv_bias must be True or False, not {self.qkv_bias!r}")
 
 
@@ -47,49 +48,88 @@ GPT_CONFIG_124M = Config(vocab_size=50257, context_length=256, emb_dim=768, n_he
                          qkv_bias=False)
 
 
+# Parameters
+
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The name and shape of every parameter, in the order in which the chapter's model registers them."""
-    E = config.emb_dim
-    linear_layers = {"att.W_query": (E, E), "att.W_key": (E, E), "att.W_value": (E, E), "att.out_proj": (E, E),
-                     "ff.layers.0": (4 * E, E), "ff.layers.2": (E, 4 * E)}  # (fan_out, fan_in)
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (config.vocab_size, E),
-                                          "pos_emb.weight": (config.context_length, E)}
-    for block in (f"trf_blocks.{i}" for i in range(config.n_layers)):
-        for name, shape in linear_layers.items():
-            shapes[f"{block}.{name}.weight"] = shape
-            if config.qkv_bias or "W_" not in name:
-                shapes[f"{block}.{name}.bias"] = shape[:1]
-        shapes |= {f"{block}.{name}": (E,) for name in ("norm1.scale", "norm1.shift", "norm2.scale", "norm2.shift")}
-    return shapes | {"final_norm.scale": (E,), "final_norm.shift": (E,), "out_head.weight": (config.vocab_size, E)}
+    V, E = config.vocab_size, config.emb_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (V, E), "pos_emb.weight": (config.context_length, E)}
+    for i in range(config.n_layers):
+        block = f"trf_blocks.{i}"
+        for layer, fan_out, fan_in, has_bias in (
+                ("att.W_query", E, E, config.qkv_bias),
+                ("att.W_key", E, E, config.qkv_bias),
+                ("att.W_value", E, E, config.qkv_bias),
+                ("att.out_proj", E, E, True),
+                ("ff.layers.0", 4 * E, E, True),
+                ("ff.layers.2", E, 4 * E, True)):
+            shapes[f"{block}.{layer}.weight"] = (fan_out, fan_in)
+            if has_bias:
+                shapes[f"{block}.{layer}.bias"] = (fan_out,)
+        for norm in ("norm1", "norm2"):
+            shapes[f"{block}.{norm}.scale"] = shapes[f"{block}.{norm}.shift"] = (E,)
+    shapes["final_norm.scale"] = shapes["final_norm.shift"] = (E,)
+    shapes["out_head.weight"] = (V, E)
+    return shapes
 
 
 def init_params(config: Config, generator: torch.Generator) -> Params:
-    """Fresh float32 parameters: standard normal embeddings, linear layers uniform on +-1/sqrt(fan_in), identity norms.
+    """Fresh float32 parameters, drawn as `nn.Embedding` and `nn.Linear` draw theirs (section 5.1.1).
 
-    Drawn in the order of `param_shapes`, which gives the numbers of the chapter's model after `torch.manual_seed`
-    when `generator` has that seed (section 5.1.1).
+    Embeddings are standard normal, linear layers uniform on +-1/sqrt(fan_in), norms change nothing. They are drawn in
+    the order of `param_shapes`: a generator with seed 123 gives the chapter's model after `torch.manual_seed(123)`.
     """
-    params, fan_in = {}, 0
-    for name, shape in param_shapes(config).items():
-        if name.endswith(("scale", "shift")):
-            params[name] = torch.full(shape, 1.0 if name.endswith("scale") else 0.0)
+    params, shapes = {}, param_shapes(config)
+    for name, shape in shapes.items():
+        if name.endswith("scale"):
+            params[name] = torch.ones(shape)
+        elif name.endswith("shift"):
+            params[name] = torch.zeros(shape)
         elif name in EMBEDDINGS:
             params[name] = torch.empty(shape).normal_(generator=generator)
         else:
-            fan_in = shape[-1] if name.endswith("weight") else fan_in  # a bias comes after its weight, with its range
+            fan_in = shapes[name.replace(".bias", ".weight")][1]
             params[name] = torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
     return params
 
 
-def cast(params: Params, dtype: torch.dtype, device: torch.device | None = None) -> Params:
-    """The parameters in another type or place; tied ones stay tied. Those already there are returned as they are."""
-    moved = {id(tensor): tensor.to(device=device, dtype=dtype) for tensor in params.values()}
-    return {name: moved[id(tensor)] for name, tensor in params.items()}
+def map_params(function: Callable[[Tensor], Any], params: Params) -> dict[str, Any]:
+    """function(tensor) under each name, called once for each tensor.
 
+    In OpenAI's models two names, tok_emb.weight and out_head.weight, have one tensor: they are tied, and stay tied
+    here. This works because tensors as keys of a dict are equal only if they are the same object.
+    """
+    results = {tensor: function(tensor) for tensor in distinct(params)}
+    return {name: results[tensor] for name, tensor in params.items()}
+
+
+def distinct(params: Params) -> list[Tensor]:
+    """The tensors of the parameters in their order, a tied one once."""
+    return list(dict.fromkeys(params.values()))
+
+
+def compute_in(params: Params, dtype: torch.dtype) -> Params:
+    """The parameters to compute with in another type: the EMBEDDINGS keep theirs, all others are cast."""
+    lower = cast(params, dtype)
+    return {name: tensor if name in EMBEDDINGS else lower[name] for name, tensor in params.items()}
+
+
+def cast(params: Params, dtype: torch.dtype, device: torch.device | str | None = None) -> Params:
+    """The parameters in another type or place. A tensor that has it already is returned as it is."""
+    return map_params(lambda tensor: tensor.to(device=device, dtype=dtype), params)
+
+
+# The layers
 
 def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
-    """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if it has one: (B, T, fan_out)."""
-    return matmul(x, params[f"{prefix}.weight"], params.get(f"{prefix}.bias"))
+    """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if there is one: (B, T, fan_out).
+
+    Nearly all of the time goes into this product. It is F.linear, computed by the library that is the fastest for it.
+    """
+    weight, bias = params[f"{prefix}.weight"], params.get(f"{prefix}.bias")
+    if weight.is_mkldnn or onednn_is_faster(x):  # mkldnn is an old name of oneDNN; `pack` makes such weights
+        return onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def layer_norm(x: Tensor, params: Params, prefix: str) -> Tensor:
@@ -99,106 +139,193 @@ def layer_norm(x: Tensor, params: Params, prefix: str) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """x with each value zeroed with probability `rate` and the others divided by 1 - rate; x without a generator."""
+    """x with each value zeroed with probability `rate` and the others divided by 1 - rate; x without a generator.
+
+    This draws the numbers that F.dropout draws. F.dropout itself can draw from PyTorch's global generator only.
+    """
     if generator is None or rate == 0:
         return x
     return torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate) * x
 
 
-def attention(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
-              cache: Tensor | None = None, start: int = 0) -> Tensor:
-    """Causal multi-head attention (B, T, E) over x (B, T, E); with a cache, over the `start` tokens before x as well.
+class Cache(NamedTuple):
+    """Keys and values of the tokens that were read so far, so that the next token needs only its own.
 
-    cache (2, B, H, room, D) holds the keys and values of those tokens; those of x are written behind them.
+    buffer is (n_layers, 2, B, H, room, D), or one layer's part of it, (2, B, H, room, D). Its first `length` places are
+    in use. `extend`, below, is the function that uses a cache.
+    """
+    buffer: Tensor
+    length: int
+
+
+def attention(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
+              cache: Cache | None = None) -> Tensor:
+    """Causal multi-head attention over x (B, T, E): (B, T, E).
+
+    With a cache, x follows the tokens in it, and sees them too. The keys and values of x are written into its buffer.
     """
     B, T, E = x.shape
-    q, k, v = (linear(x, params, f"{prefix}.{part}").view(B, T, config.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-               for part in ("W_query", "W_key", "W_value"))
+    H, D = config.n_heads, E // config.n_heads
+    q = linear(x, params, f"{prefix}.W_query").view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+    k = linear(x, params, f"{prefix}.W_key").view(B, T, H, D).transpose(1, 2)
+    v = linear(x, params, f"{prefix}.W_value").view(B, T, H, D).transpose(1, 2)
     if cache is not None:
-        cache[:, :, :, start:start + T] = torch.stack((k, v))
-        k, v = cache[:, :, :, :start + T]  # each (B, H, start + T, D)
+        end = cache.length + T
+        cache.buffer[0, :, :, cache.length:end] = k
+        cache.buffer[1, :, :, cache.length:end] = v
+        k, v = cache.buffer[0, :, :, :end], cache.buffer[1, :, :, :end]  # (B, H, end, D)
     if generator is None or config.drop_rate == 0:
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single token sees all before it
-    else:  # the same by hand, because only here can the dropout draw from our generator
-        future = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu_(1)
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).add_(future).softmax(-1)  # (B, H, T, T)
-        context = dropout(weights, config.drop_rate, generator) @ v
+        # softmax(q k^T / sqrt(D)) v in one call. A token that follows a cache is the last: nothing is hidden from it.
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or cache.length == 0)
+    else:
+        # The same by hand, because that call can't draw its dropout from our generator. The figures stay the chapter's:
+        # to divide q by sqrt(D) = 8 is exact and so as good as dividing the scores, and a score to which -inf is added
+        # is -inf, as if it had been replaced.
+        later = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        scores = (q * D**-0.5) @ k.transpose(2, 3) + later  # (B, H, T, T)
+        context = dropout(scores.softmax(-1), config.drop_rate, generator) @ v
     return linear(context.transpose(1, 2).reshape(B, T, E), params, f"{prefix}.out_proj")
 
 
 def feed_forward(x: Tensor, params: Params, prefix: str) -> Tensor:
-    """E -> 4 E -> E, with GELU in its tanh form between."""
+    """x (B, T, E) through E -> 4 E -> E, with GELU in its tanh form between: (B, T, E)."""
     return linear(F.gelu(linear(x, params, f"{prefix}.0"), approximate="tanh"), params, f"{prefix}.2")
 
 
 def transformer_block(x: Tensor, params: Params, prefix: str, config: Config, generator: torch.Generator | None = None,
-                      cache: Tensor | None = None, start: int = 0) -> Tensor:
-    """x (B, T, E) plus what attention, which writes into the cache, then what the feed-forward network adds to it."""
-    attended = attention(layer_norm(x, params, f"{prefix}.norm1"), params, f"{prefix}.att", config, generator, cache,
-                         start)
+                      cache: Cache | None = None) -> Tensor:
+    """x (B, T, E) plus what attention adds to it, then plus what the feed-forward network adds: (B, T, E)."""
+    attended = attention(layer_norm(x, params, f"{prefix}.norm1"), params, f"{prefix}.att", config, generator, cache)
     x = x + dropout(attended, config.drop_rate, generator)
     fed = feed_forward(layer_norm(x, params, f"{prefix}.norm2"), params, f"{prefix}.ff.layers")
     return x + dropout(fed, config.drop_rate, generator)
 
 
-def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
-            cache: Tensor | None = None, start: int = 0) -> Tensor:
+# The model
+
+def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
+                  cache: Cache | None = None) -> Tensor:
+    """What the last block makes of the tokens (B, T): (B, T, E). Arguments and errors are those of `forward`."""
+    if token_ids.ndim != 2:
+        raise ValueError(f"token_ids must be (batch, tokens), not {tuple(token_ids.shape)}")
+    start = 0 if cache is None else cache.length
+    end = start + token_ids.shape[1]
+    if end > config.context_length or (cache is not None and end > cache.buffer.shape[-2]):
+        room = "" if cache is None else f" or the cache's room for {cache.buffer.shape[-2]}"
+        raise ValueError(f"{end} tokens are more than context_length {config.context_length}{room}")
+    x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
+    # The embeddings may have another type than the rest, see `compute_in`: only the chosen rows are cast.
+    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)
+    for i in range(config.n_layers):
+        layer_cache = None if cache is None else Cache(cache.buffer[i], cache.length)
+        x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, layer_cache)
+    return x
+
+
+def output_logits(x: Tensor, params: Params) -> Tensor:
+    """The logits (B, T, V), in float32 or finer, of hidden states x (B, T, E)."""
+    logits = linear(layer_norm(x, params, "final_norm"), params, "out_head")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None) -> Tensor:
     """Logits (B, T, V): row t scores every vocabulary entry as the token after token_ids[:, :t + 1] (section 5.1.1).
 
-    token_ids (B, T) are integers below V. There is dropout, at config.drop_rate, if and only if a generator is passed.
-    With a cache, made by `empty_cache`, token_ids follow the `start` tokens whose keys and values it holds: a whole
-    prompt at 0, a single token after that. Theirs are written into it, and only the last row of logits (B, 1, V) comes.
-    Logits are float32 at least. ValueError when there would be more than context_length tokens.
+    token_ids (B, T) are integers below V. There is dropout, at config.drop_rate, exactly when a generator is passed.
+    ValueError when there are more than context_length tokens.
     """
-    T = token_ids.shape[1]
-    if start + T > config.context_length:
-        raise ValueError(f"{start + T} tokens are more than context_length {config.context_length}")
-    if start and T > 1:
-        raise ValueError("after the first call a cache takes one token at a time")
-    x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:start + T]
-    x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)  # train_step casts no EMBEDDINGS
-    for i in range(config.n_layers):
-        kept = None if cache is None else cache[i]
-        x = transformer_block(x, params, f"trf_blocks.{i}", config, generator, kept, start)
-    logits = linear(layer_norm(x if cache is None else x[:, -1:], params, "final_norm"), params, "out_head")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return output_logits(hidden_states(params, token_ids, config, generator), params)
 
 
 def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
               generator: torch.Generator | None = None) -> Tensor:
-    """Mean cross-entropy, in nats a token, of the targets (B, T) given the inputs (B, T): a scalar (section 5.1.2)."""
+    """The mean cross-entropy of the targets (B, T) given the inputs (B, T): a scalar (section 5.1.2).
+
+    Its unit is the natural logarithm of a probability, so that exp(loss) is the perplexity.
+    """
     logits = forward(params, inputs, config, generator)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V) and (B * T,)
 
 
-def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Tensor:
-    """Room for the keys and values of so many tokens in each of batch_size rows: (n_layers, 2, B, H, room, D)."""
-    return params["final_norm.scale"].new_empty(
-        config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
+# ---- The chapter ends here. What follows makes it fast: a cache for generation, and a library for the products. ----
+
+def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
+    """A cache with room for so many tokens in each of batch_size rows."""
+    shape = (config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
+    return Cache(params["final_norm.scale"].new_empty(shape), 0)
 
 
-# Nearly all of the time goes into one operation, the product with a weight. What follows is F.linear, computed by a
-# library within PyTorch, oneDNN: on AMD's processors in half the time of what PyTorch itself would choose for float32.
+def extend(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> tuple[Tensor, Cache]:
+    """The last row of logits (B, 1, V) after the cached tokens and then token_ids (B, T), and the longer cache.
+
+    An empty cache takes a whole prompt, a longer one takes one token at a time. The buffer is written into: go on with
+    the cache that is returned. ValueError when there would be more tokens than context_length or than the cache's room.
+    """
+    if cache.length > 0 and token_ids.numel() > len(token_ids):
+        raise ValueError("after the first call a cache takes one token at a time")
+    x = hidden_states(params, token_ids, config, cache=cache)
+    return output_logits(x[:, -1:], params), Cache(cache.buffer, cache.length + x.shape[1])
+
+
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not in every build of PyTorch
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias): x (B, T, fan_in), weight (fan_out, fan_in), result (B, T, fan_out)."""
-    packed = weight.is_mkldnn  # by `pack`
-    # For 2 to 15 tokens both are as fast, and the last digits of section 5.1.2 are those of PyTorch's own rounding.
-    better = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not 1 < x.shape[1] < 16
-    if packed or (better and not torch.is_grad_enabled()):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation after it
-        return product
-    if better:  # the form that autograd sees through; it copies x and the product
-        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
-    return F.linear(x, weight, bias)
+def onednn_is_faster(x: Tensor) -> bool:
+    """Whether oneDNN, a library within PyTorch, multiplies x (B, T, fan_in) faster than PyTorch's own choice.
+
+    For float32 PyTorch chooses MKL. Measured on processors of AMD and Intel: oneDNN is faster for one token at a time,
+    and with AVX-512 for many tokens. For 2 to 15 tokens there is little between them, and the last digits of section
+    5.1.2 are MKL's. torch.compile is left its own choice.
+    """
+    if not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    capability, T = torch.backends.cpu.get_cpu_capability(), x.shape[1]
+    return (T == 1 and capability in ("AVX2", "AVX512")) or (T >= 16 and capability == "AVX512")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias), by oneDNN."""
+    if x.is_inference() and not weight.requires_grad:  # in generation: no gradient is asked for
+        return onednn_product(x, weight, bias)
+    return onednn_with_gradient(x, weight, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., fan_in) times the transposed weight (fan_out, fan_in) plus the bias. PyTorch has no gradient for it."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # "none": no activation
+    return product
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """`onednn_product` with its gradient, which consists of two such products, so that it has a gradient again."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return onednn_product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient_rows, x_rows = gradient.flatten(0, -2), x.flatten(0, -2)  # (B * T, fan_out) and (B * T, fan_in)
+        return (onednn_with_gradient(gradient, weight.t(), None),
+                onednn_with_gradient(gradient_rows.t(), x_rows.t(), None),
+                gradient_rows.sum(0) if ctx.has_bias else None)
+
+
+onednn_with_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor] = OneDNNLinear.apply
 
 
 def pack(params: Params) -> Params:
     """The parameters with their bfloat16 matrices laid out as oneDNN reads them twice as fast, to generate with.
 
-    Others are as they were: the layout of a float32 matrix costs more time than generation would win by it.
+    All others are passed on: the layout of a float32 matrix costs more time than generation wins by it.
     """
     if not ONEDNN or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return params

@@ -5,23 +5,27 @@
 Axes: B batch, T tokens, V vocabulary.
 """
 import argparse
+import base64
 import codecs
+import hashlib
 import math
 import os
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import tiktoken
 import torch
-from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from gpt import GPT_CONFIG_124M, Config, Params, cast, empty_cache, forward, pack
-from weights import OPENAI_SIZES, OPENAI_URL, Checkpoint, download_openai, load_checkpoint, load_openai
+from gpt import Config, Params, cast, empty_cache, extend, pack
+from weights import OPENAI_SIZES, OPENAI_URL, load_model
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = Path(__file__).with_name("r50k_base.tiktoken")
@@ -29,8 +33,14 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding, from the file that came with this one; ValueError if that is damaged (5.1.1)."""
-    ranks = load_tiktoken_bpe(str(VOCABULARY), VOCABULARY_SHA256)
+    """GPT-2's byte-pair encoding, that of tiktoken.get_encoding("gpt2"), which would download it (section 5.1.1).
+
+    It is read from the file beside this one; ValueError if that is damaged.
+    """
+    lines = VOCABULARY.read_bytes()
+    if hashlib.sha256(lines).hexdigest() != VOCABULARY_SHA256:
+        raise ValueError(f"{VOCABULARY} is damaged: fetch it again")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
@@ -48,36 +58,39 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities (..., V) from logits (..., V): more even the higher the temperature (section 5.3.1).
 
-    Infinite logits are limits: -inf has no chance, and +inf all of it. ValueError unless temperature is above 0, and
-    for logits that are nan.
+    As in the chapter, the logits are divided by the temperature, then comes the softmax. The largest is subtracted
+    first, as softmax itself does, so that all temperatures and infinite logits work: -inf gets nothing, +inf all there
+    is. ValueError unless temperature is above 0.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature!r}")
-    if logits.isnan().any():
-        raise ValueError("the model's logits are no numbers: its training has failed, perhaps at too high a rate")
     limits = torch.finfo(logits.dtype)
-    largest = logits.amax(-1, keepdim=True)
-    below = (logits - largest).masked_fill(logits == largest, 0)  # inf - inf has no value, but is meant as 0 here
-    return (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)  # neither 0 nor inf in this dtype
+    temperature = min(max(temperature, limits.tiny), limits.max)  # neither 0 nor infinite in this dtype
+    logits = logits.clamp(max=limits.max)
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row where they stand, -inf elsewhere; of equal ones just enough (section 5.3.2).
+    """The k largest logits of each row where they stand, -inf elsewhere (section 5.3.2).
 
-    logits (..., V) -> (..., V), of which min(k, V) are kept. ValueError when k is below 1.
+    logits (..., V) -> (..., V), of which exactly min(k, V) are kept: of equal ones just enough, where a comparison with
+    the smallest, as in the chapter, would keep them all. ValueError when k is below 1.
     """
     if k < 1:
         raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
-    kept = logits.topk(min(k, logits.shape[-1]))
-    return torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+    top = logits.topk(min(k, logits.shape[-1]))
+    return torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
 
 
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
                generator: torch.Generator | None = None) -> Tensor:
     """Each row's next token id (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
 
-    ValueError for a temperature that is negative, or positive without a generator to draw from, and for top_k below 1.
+    ValueError for logits that are nan, for a temperature that is negative, or positive without a generator to draw
+    from, and for top_k below 1.
     """
+    if logits.isnan().any():
+        raise ValueError("the model computes nan, which is no number: its training has failed")
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if temperature == 0:
@@ -92,16 +105,18 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
            top_k: int | None = None, eos_id: int | None = None,
            generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """The tokens of `generate` as they come, each (B, 1)."""
+    if token_ids.ndim != 2:
+        raise ValueError(f"token_ids must be (batch, tokens), not {tuple(token_ids.shape)}")
     B, T = token_ids.shape
     if T == 0 or max_new_tokens < 0:
         raise ValueError("the prompt must have at least one token" if T == 0 else "max_new_tokens must not be negative")
-    params, start = pack(params), 0
+    params = pack(params)
     cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
     ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
+    unread = token_ids[:, -config.context_length:]
     for _ in range(max_new_tokens):
-        window = token_ids[:, -config.context_length:]
-        logits = forward(params, window[:, -1:] if start else window, config, cache=cache, start=start)[:, -1]
-        token = next_token(logits, temperature, top_k, generator)
+        logits, cache = extend(params, unread, config, cache)  # what `forward` says of the last token, at less cost
+        token = next_token(logits[:, -1], temperature, top_k, generator)
         if eos_id is not None:
             ended = ended | (token == eos_id)
             if ended.all():
@@ -109,7 +124,10 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
             token = token.masked_fill(ended, eos_id)
         yield token
         token_ids = torch.cat([token_ids, token], dim=1)
-        start = window.shape[1] % config.context_length  # 0: the window slides, all its tokens have new positions
+        unread = token
+        if cache.length == config.context_length:
+            # From now on the window moves with each token, so all in it have new positions and are read again.
+            unread, cache = token_ids[:, -config.context_length:], cache._replace(length=0)
 
 
 def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
@@ -117,59 +135,99 @@ def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: 
              generator: torch.Generator | None = None) -> Tensor:
     """token_ids (B, T) followed by up to max_new_tokens new ones (B, T + n) (section 5.3.3).
 
-    Each is chosen by `next_token` given the last context_length tokens before it. Generation ends before a token in
-    which every row has produced eos_id; a row that ends earlier is filled with eos_id. ValueError for an empty prompt
-    and for what `next_token` refuses.
+    Each is chosen by `next_token` given the last context_length tokens before it. A row that produces eos_id is filled
+    with eos_id from there on. When every row has produced it, generation ends, and the last of them is not returned.
+    ValueError for an empty prompt and for what `next_token` refuses.
     """
-    new = stream(params, token_ids, config, max_new_tokens, temperature, top_k, eos_id, generator)
-    return torch.cat([token_ids, *new], dim=1)
+    tokens = list(stream(params, token_ids, config, max_new_tokens, temperature, top_k, eos_id, generator))
+    return torch.cat([token_ids, *tokens], dim=1)
 
 
-def number(kind: type, low: float, high: float = 2**31, above: bool = False) -> Callable[[str], Any]:
-    """A parser of numbers from low (or above it) up to below high, for argparse."""
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value < high or (above and value == low):
-            raise ValueError
-        return value
-    bound = f"{'above' if above else 'of at least'} {low} and below {high}"
-    parse.__name__ = f"{'whole ' if kind is int else ''}number {bound}"  # argparse: "invalid ... value: '-1'"
-    return parse
+# ---- The chapter ends here. What follows is the command line, and what train.py's command line shares with it. ----
+
+class Rule(NamedTuple):
+    """What an option may be: how its text is read, in which words a mistake is told, and a test of the value."""
+    kind: type
+    words: str
+    allows: Callable[[Any], bool]
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that both command lines share; without a usage, a mistake is reported in one line."""
-    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--size", default="124M", help=f"OpenAI's model: {', '.join(OPENAI_SIZES)}")
-    add("--models-dir", default="gpt2", help="where OpenAI's models are kept")
-    add("--base-url", default=OPENAI_URL, help="where OpenAI's models are downloaded from")
-    add("--seed", type=number(int, 0, 2**63), default=123, help="of every random draw")
-    add("--device", default="auto", help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation; float32 is exact, bfloat16 faster")
-    add("--n-heads", type=number(int, 1), help="of the model; None: as its file tells, emb_dim / 64 if it does not")
+def whole_number(low: int, high: int = 2**31 - 1) -> Rule:
+    """The rule of whole numbers from low to high."""
+    words = f"a whole number from {low} to {high}"
+    return Rule(int, words, lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
+    """The rule of numbers from low, or above it, up to below high."""
+    words = f"a number {'above' if above else 'of at least'} {low}" + (f" and below {high}" if high < math.inf else "")
+    return Rule(float, words, lambda value: isinstance(value, (int, float)) and low <= value < high
+                and not (above and value == low))
+
+
+def one_of(*choices: str) -> Rule:
+    """The rule of a choice."""
+    return Rule(str, "one of " + ", ".join(choices), lambda value: value in choices)
+
+
+TEXT = Rule(str, "a text that is not empty", lambda value: isinstance(value, str) and value != "")
+TEXTS = Rule(str, "one or more names",
+             lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(TEXT.allows, value)))
+PICTURE = Rule(str, "a name that ends in .png, .pdf or .svg",
+               lambda value: TEXT.allows(value) and value.endswith((".png", ".pdf", ".svg")))
+YES = Rule(bool, "True or False", lambda value: isinstance(value, bool))
+
+
+def option(default: Any, rule: Rule, help: str) -> Any:
+    """A field of a dataclass that is an option of a command line: `lr` is --lr there."""
+    return field(default=default, metadata={"rule": rule, "help": help})
+
+
+def flag(name: str) -> str:
+    """What the option of that name is called on a command line."""
+    return "--" + name.replace("_", "-")
+
+
+class Checked:
+    """The base of dataclasses of options: a value against its rule raises a ValueError that names its flag."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            value, rule = getattr(self, each.name), each.metadata["rule"]
+            if not (rule.allows(value) or (value is None and each.default is None)):
+                raise ValueError(f"{flag(each.name)} must be {rule.words}, not {reprlib.repr(value)}")
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """What both command lines know."""
+    size: str = option("124M", one_of(*OPENAI_SIZES), f"OpenAI's model: {', '.join(OPENAI_SIZES)}")
+    models_dir: str = option("gpt2", TEXT, "where OpenAI's models are kept")
+    base_url: str = option(OPENAI_URL, TEXT, "where OpenAI's models are downloaded from")
+    device: str = option("auto", TEXT, "cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
+
+
+def new_parser(description: str, examples: str, groups: dict[str, type]) -> argparse.ArgumentParser:
+    """A parser with a flag for each field of each group's dataclass. It gives only what was typed.
+
+    It takes no abbreviations, and reports a mistake in one line.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for each in fields(options):
+            name, rule = flag(each.name), each.metadata["rule"]
+            default = " ".join(each.default) if isinstance(each.default, tuple) else each.default
+            told = each.metadata["help"] + ("" if default is None or rule is YES else f" (default: {default})")
+            if rule is YES:
+                group.add_argument(name, action=argparse.BooleanOptionalAction, help=told)
+            elif rule is TEXTS:
+                group.add_argument(name, nargs="+", action="extend", help=told)
+            else:
+                group.add_argument(name, type=rule.kind, help=told)
     return parser
-
-
-def load_model(name: str, args: argparse.Namespace) -> Checkpoint:
-    """OpenAI's model if the name is `openai`, or else the checkpoint of that name; ValueError if it is not to be had.
-
-    Of args, only the options of `new_parser` are used.
-    """
-    if name == "openai":
-        loaded = Checkpoint(*load_openai(download_openai(args.size, args.models_dir, args.base_url)), None, {})
-    elif Path(name).is_file():
-        loaded = load_checkpoint(name, args.n_heads)
-    else:
-        raise ValueError(f"there is no {name}: `python train.py --checkpoint {name}` makes it")
-    if args.n_heads not in (None, loaded.config.n_heads):
-        raise ValueError(f"--n-heads {args.n_heads} contradicts {name}: {loaded.config.n_heads} there")
-    if loaded.config.vocab_size != GPT_CONFIG_124M.vocab_size:
-        raise ValueError(f"{name} knows {loaded.config.vocab_size} tokens, but GPT-2's vocabulary has "
-                         f"{GPT_CONFIG_124M.vocab_size}")
-    return loaded
 
 
 def pick_device(name: str) -> torch.device:
@@ -182,63 +240,97 @@ def pick_device(name: str) -> torch.device:
     return torch.device(there[0] if name == "auto" else name)
 
 
+def say(*sentences: str) -> None:
+    """Prints each sentence on a line of standard error, if that can still be written to."""
+    with suppress(OSError, ValueError):  # ValueError: it is closed
+        for sentence in sentences:
+            print(sentence, file=sys.stderr, flush=True)
+
+
 def run_command(command: Callable[[], int]) -> NoReturn:
     """Exits with the command's status; what the user did wrong, or the disk or network, is one line and status 2."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before the start
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")  # where it is not UTF-8, a strange character is no failure
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
+            getattr(sys, name).reconfigure(errors="replace")  # a character that this console lacks is no failure
     try:
         status = command()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except KeyboardInterrupt:
         status = 130
-    except (OSError, MemoryError, ValueError, RuntimeError) as error:
+    except (OSError, MemoryError, ValueError, ArithmeticError, RuntimeError) as error:
         message = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}"
         if isinstance(error, RuntimeError) and "memory" not in message:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
         status = 2
     sys.exit(status)
 
 
+@dataclass(frozen=True)
+class SampleOptions(Options):
+    """The options of this command line, with the chapter's defaults."""
+    weights: str = option("model.pth", TEXT, "a checkpoint, a file or folder of Hugging Face's GPT-2, or `openai`")
+    n_heads: int | None = option(None, whole_number(1), "the model's heads, for a file that does not tell")
+    prompt: str = option("Every effort moves you", TEXT, "what the model continues; - reads it from standard input")
+    max_new_tokens: int = option(25, whole_number(0), "how many to write at most")
+    num_samples: int = option(1, whole_number(1), "how many continuations to write")
+    temperature: float = option(0.0, number(0), "0: always the likeliest token; higher: more varied")
+    top_k: int | None = option(None, whole_number(1), "how many of the likeliest tokens can be drawn, instead of all")
+    seed: int = option(123, whole_number(0, 2**63 - 1), "of the random draws")
+    dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, or bfloat16, which "
+                        "reads half the bytes")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
-    parser = new_parser("Continue a text with a GPT-2 model.")
-    add = parser.add_argument
-    add("--weights", default="model.pth", help="a checkpoint, or `openai` for the published GPT-2")
-    add("--prompt", default="Every effort moves you", help="what the model continues")
-    add("--max-new-tokens", type=number(int, 0), default=25, help="how many to write at most")
-    add("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest token; higher: more varied")
-    add("--top-k", type=number(int, 1), help="how many of the likeliest tokens can be drawn; None: all")
-    return parser
+    return new_parser("Continue a text with a GPT-2 model.", """examples:
+  python sample.py --prompt "It was a dark night" --temperature 1 --top-k 50
+  python sample.py --weights openai --size 355M""", {"the model and the text": SampleOptions})
 
 
 def main() -> int:
     """The exit status of `python sample.py`."""
-    args = build_parser().parse_args()
-    device = pick_device(args.device)
-    params, config, *_ = load_model(args.weights, args)
-    params = cast(params, getattr(torch, args.dtype), device)
+    options = SampleOptions(**vars(build_parser().parse_args()))
+    device = pick_device(options.device)
+    loaded = load_model(options.weights, options.n_heads, options.size, options.models_dir, options.base_url)
+    say(*loaded.notes)
+    params = cast(loaded.params, getattr(torch, options.dtype), device)
     tokenizer = gpt2_tokenizer()
-    prompt = text_to_token_ids(args.prompt, tokenizer).to(device)
-    tokens = stream(params, prompt, config, args.max_new_tokens, args.temperature, args.top_k,
-                    tokenizer.eot_token, torch.Generator(device).manual_seed(args.seed))
-
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
-    print(args.prompt, end="", flush=True)
-    start, count = time.perf_counter(), 0
-    for count, token in enumerate(tokens, 1):
-        print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    token_ids = text_to_token_ids(prompt, tokenizer).to(device).expand(options.num_samples, -1)
+    start = time.perf_counter()
+    tokens = stream(params, token_ids, loaded.config, options.max_new_tokens, options.temperature, options.top_k,
+                    tokenizer.eot_token, torch.Generator(device).manual_seed(options.seed))
+    count = write_samples(prompt, tokens, options.num_samples, tokenizer)
     seconds = time.perf_counter() - start
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    say(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {options.seed}")
     return 0
+
+
+def write_samples(prompt: str, tokens: Iterator[Tensor], num_samples: int, tokenizer: tiktoken.Encoding) -> int:
+    """How many tokens were printed behind the prompt: one by one as they come or, of several samples, at the end."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
+    columns: list[Tensor] = []  # each (num_samples, 1)
+    try:
+        if num_samples == 1:
+            print(prompt, end="", flush=True)
+        for token in tokens:
+            columns.append(token)
+            if num_samples == 1:
+                print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
+        for row in torch.cat(columns, dim=1) if num_samples > 1 and columns else ():
+            print(prompt + token_ids_to_text(row, tokenizer).split(END_OF_TEXT)[0], end="\n\n")
+    finally:  # also when it fails or is interrupted, so that a message begins a line
+        if num_samples == 1:
+            print(decoder.decode(b"", final=True), flush=True)
+    return num_samples * len(columns)
 
 
 if __name__ == "__main__":

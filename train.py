@@ -1,24 +1,35 @@
-"""Pretraining: windows of text, the loss over a set, the training step, the loop. `python train.py --help`
+"""Pretraining: windows of text, the loss over a set, the training step, the run. `python train.py --help`
 
-A text becomes tokens (`tokenize`), windows (`make_windows`), batches (`batches`, `batch_of`), a loss and new parameters
-(`train_step`), again and again (`train`). On a CPU, every random number of the first process comes from one generator,
-or from another that it has seeded, in the chapter's order.
+A run is a sequence of states. What stays the same is a `Run`, what changes is a `State`, and `next_state` makes the
+next from the last: it prints nothing and saves nothing. `train` calls it again and again, prints, and saves.
+
+The random numbers of a run come from one generator. Its state is part of the run's state, so a run that was saved goes
+on as if nothing had happened. On a CPU they are drawn in the chapter's order:
+
+    once         the parameters, in the order of `param_shapes`
+    an epoch     two seeds; the second one gives the order of the windows
+    a step       dropout: of the embeddings; in each block of the attention weights, its output, the feed-forward output
+    evaluation   two seeds for the training windows, one for the validation windows
+
+With several processes, or on another device, dropout has generators of its own.
 
 Axes: B batch, T tokens.
 """
 import argparse
 import ctypes
 import hashlib
+import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,43 +43,533 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import sample
-from gpt import EMBEDDINGS, GPT_CONFIG_124M, Config, Params, calc_loss, cast, init_params
-from sample import END_OF_TEXT, generate, number, text_to_token_ids, token_ids_to_text
-from weights import Checkpoint, OptState, save_checkpoint, write_atomically
+from gpt import GPT_CONFIG_124M, Config, Params, calc_loss, compute_in, distinct, init_params, map_params
+from sample import (
+    END_OF_TEXT,
+    PICTURE,
+    TEXT,
+    TEXTS,
+    generate,
+    number,
+    one_of,
+    option,
+    say,
+    text_to_token_ids,
+    token_ids_to_text,
+)
+from sample import whole_number as whole
+from weights import (
+    BETAS,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    Checkpoint,
+    OptState,
+    from_fields,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    usual_heads,
+    write_atomically,
+)
 
+STORY = "the-verdict.txt"
 PIECE = 2**20  # characters that are tokenized at a time
 
 
-class Settings(NamedTuple):
-    """What decides the course of a run besides the model, as `--help` explains it. The defaults are the chapter's."""
-    data: Sequence[str] = ("the-verdict.txt",)
-    train_ratio: float = 0.9
-    epochs: int = 10
-    batch_size: int = 2
-    lr: float = 4e-4
-    weight_decay: float = 0.1
-    eval_freq: int = 5
-    eval_iter: int = 5
-    seed: int = 123
-    start_context: str = "Every effort moves you"
-    save_every: int = 0
-    dtype: str = "float32"
-    context_length: int = 256  # tokens in a window; the model may be able to see more
+@dataclass(frozen=True)
+class Settings(sample.Checked):
+    """What decides the course of a run besides the model. The defaults are the chapter's."""
+    # Each line is a name, a default, a rule and a help text.
+    data: tuple[str, ...] = option((STORY,), TEXTS, "UTF-8 text files")
+    train_ratio: float = option(0.9, number(0, 1, above=True), "the part of the text to train on")
+    context_length: int = option(256, whole(1), "tokens in a window, and the most that a fresh model can see")
+    epochs: int = option(10, whole(0), "in all, also with --resume; 0 prints the losses of the model and ends")
+    batch_size: int = option(2, whole(1), "windows in a step, over all processes")
+    lr: float = option(LEARNING_RATE, number(0, above=True), "AdamW's learning rate")
+    weight_decay: float = option(WEIGHT_DECAY, number(0), "AdamW's weight decay")
+    warmup_steps: int = option(0, whole(0), "steps in which the learning rate grows up to --lr")
+    initial_lr: float = option(3e-5, number(0), "the learning rate at the first of these steps")
+    min_lr: float | None = option(None, number(0), "what the rate falls to, along a cosine, until the last step")
+    max_norm: float | None = option(None, number(0, above=True), "what longer gradients are cut to, after the warm-up")
+    dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, which is exact, or "
+                        "bfloat16, which is faster on processors that have units for it")
+    seed: int = option(123, whole(0, 2**63 - 1), "of every random draw")
+    eval_freq: int = option(5, whole(1), "steps between evaluations")
+    eval_iter: int = option(5, whole(1), "batches of each set in an evaluation")
+    start_context: str = option("Every effort moves you", TEXT, "what the samples continue")
+    save_every: int = option(0, whole(0), "steps between saves; 0: at the start and at the end")
+    plot: str = option("loss.png", PICTURE, "the picture of the losses: .png, .pdf or .svg")
+    best: str | None = option(None, TEXT, "where the model with the lowest validation loss is kept, if anywhere")
 
 
-class Windows(NamedTuple):
-    """The text as a model sees it, (n, T + 1) tokens in the training and in the validation set."""
-    train: np.ndarray
-    val: np.ndarray
+class Processes(NamedTuple):
+    """This process among those that train together, each on its part of every batch. The default is one process.
+
+    gather(value) is the list of every process's value. average(gradients) may write into the gradients. launcher is the
+    number of the torchrun that has started them, by which a restarted run knows its own file.
+    """
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    average: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
+    launcher: int = 0
 
 
-class Progress(NamedTuple):
-    """How far a run is: with parameters, optimizer state, Config and Settings, all that the rest of it depends on."""
-    data_hash: str               # of its windows
+ONE_PROCESS = Processes()
+
+
+class Run(NamedTuple):
+    """What stays the same through a run. Windows are (n, T + 1) tokens: T inputs, and T targets one token later."""
+    config: Config
+    settings: Settings
+    train_windows: np.ndarray
+    val_windows: np.ndarray
+    text_hash: str
+    tokenizer: tiktoken.Encoding
+    processes: Processes = ONE_PROCESS
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_windows) // self.settings.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.epochs * self.steps_per_epoch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.context_length
+
+
+class State(NamedTuple):
+    """What changes through a run, and all that the rest of it depends on."""
+    params: Params
+    opt_state: OptState
     generator_state: Tensor
-    step: int = 0                # steps done
-    order: Tensor | None = None  # of the windows in this epoch: (steps an epoch, B)
+    order: Tensor | None = None   # the numbers of the windows in every batch of this epoch: (steps an epoch, B)
     evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
+    loss: float | None = None     # of the last batch
+
+
+# The text
+
+def read_text(paths: Sequence[str | Path]) -> str:
+    """The text of UTF-8 files, `<|endoftext|>` between them; ValueError for one that is empty or no text."""
+    texts = []
+    for path in paths:
+        if path == STORY and not Path(path).exists():
+            path = Path(__file__).with_name(STORY)  # the story came with this file
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8-sig"))  # -sig: a byte-order mark is no part of the text
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: see its byte {error.start}. If it is in Latin-1, "
+                             f"`iconv -f latin1 -t utf-8 {path}` converts it") from None
+        if not texts[-1].strip() or "\0" in texts[-1]:
+            kind = "not text: it contains NUL characters" if texts[-1].strip() else "empty"
+            raise ValueError(f"{path} is {kind}")
+    return END_OF_TEXT.join(texts)
+
+
+def tokenize(text: str, tokenizer: tiktoken.Encoding, piece: int = PIECE) -> np.ndarray:
+    """The token ids of a text, as 16-bit integers: those of `text_to_token_ids`, by all processors (section 5.1.3)."""
+    # No token holds both a word and the blank after it, so the text can be cut there: into pieces of `piece` characters
+    # and the rest of a word.
+    pieces = re.findall(rf"(?s).{{{piece}}}.*?\S(?=[ \n])|.*", text)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tokens = pool.map(
+            lambda part: tokenizer.encode_to_numpy(part, allowed_special={END_OF_TEXT}).astype(np.uint16), pieces)
+        return np.concatenate(list(tqdm(tokens, "tokenizing", len(pieces), delay=1, leave=False, disable=None)))
+
+
+def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Views of length + 1 tokens (n, length + 1), one every `length` tokens: inputs, and targets shifted by one."""
+    if len(tokens) <= length:
+        return np.empty((0, length + 1), tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+
+
+def make_run(text: str, config: Config, settings: Settings, processes: Processes = ONE_PROCESS) -> Run:
+    """A run over this text: its first part is for training, the rest for validation (section 5.1.3).
+
+    ValueError if it is too short. To go on with --resume, a run must find the same text in settings.data.
+    """
+    tokenizer, length = sample.gpt2_tokenizer(), settings.context_length
+    split = int(settings.train_ratio * len(text))
+    try:
+        train_windows, val_windows = (
+            make_windows(tokenize(part, tokenizer), length) for part in (text[:split], text[split:]))
+    except ValueError as error:  # there is a limit to the blanks in a row
+        raise ValueError(f"{' '.join(settings.data)}: {error}") from None
+    for part, windows, needed in (("training", train_windows, settings.batch_size), ("validation", val_windows, 1)):
+        if len(windows) < needed:
+            raise ValueError(f"the text is too short: its {part} part has {len(windows)} windows of {length} tokens, "
+                             f"{needed} or more are needed: a smaller --context-length or --batch-size needs less text")
+    text_hash = hashlib.sha256(train_windows.tobytes())
+    text_hash.update(val_windows.tobytes())
+    return Run(config, settings, train_windows, val_windows, text_hash.hexdigest(), tokenizer, processes)
+
+
+def draw_batches(n: int, batch_size: int, generator: torch.Generator, shuffle: bool) -> tuple[Tensor, ...]:
+    """For each batch of a pass over n windows, the numbers of its windows (B,), drawn as the chapter does (5.1.3).
+
+    A shuffled pass, for training, drops the last batch if it is not full.
+    """
+    # DataLoader draws a seed for its worker processes, even where it has none, and then one for the order, if any.
+    seeds = torch.empty(2 if shuffle else 1, dtype=torch.int64).random_(generator=generator)
+    if not shuffle:
+        return torch.split(torch.arange(n), batch_size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(int(seeds[1])))
+    return torch.split(order, batch_size)[:n // batch_size]
+
+
+def get_batch(windows: np.ndarray, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of the windows with these numbers."""
+    tokens = torch.from_numpy(windows[numbers.numpy()].astype(np.int64)).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# The loss over a set
+
+@torch.no_grad()
+def mean_loss(params: Params, config: Config, windows: np.ndarray, batches: Sequence[Tensor]) -> float:
+    """The mean loss, without dropout, over batches, each given by the numbers of its windows (section 5.1.3)."""
+    device = params["tok_emb.weight"].device
+    losses = [calc_loss(params, *get_batch(windows, numbers, device), config).item() for numbers in batches]
+    return sum(losses) / len(losses)
+
+
+def evaluate_model(params: Params, run: Run, generator: torch.Generator,
+                   eval_iter: int | None = None) -> tuple[float, float]:
+    """The mean training and validation loss over eval_iter batches of each, or all, without dropout (section 5.2).
+
+    The generator gives the order of the training batches. FloatingPointError if a loss is infinite or nan.
+    """
+    batch_size = run.settings.batch_size
+    params = compute_in(params, getattr(torch, run.settings.dtype))
+    train_batches = draw_batches(len(run.train_windows), batch_size, generator, shuffle=True)[:eval_iter]
+    val_batches = draw_batches(len(run.val_windows), batch_size, generator, shuffle=False)[:eval_iter]
+    losses = (mean_loss(params, run.config, run.train_windows, train_batches),
+              mean_loss(params, run.config, run.val_windows, val_batches))
+    if not all(map(math.isfinite, losses)):
+        raise FloatingPointError("the training loss is {} and the validation loss {}".format(*losses))
+    return losses
+
+
+# The training step
+
+def init_optimizer(params: Params) -> OptState:
+    """AdamW's state before the first step: all 0 (section 5.2)."""
+    return OptState(0, map_params(torch.zeros_like, params), map_params(torch.zeros_like, params))
+
+
+def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
+               generator: torch.Generator | None = None, *, lr: float = LEARNING_RATE,
+               weight_decay: float = WEIGHT_DECAY, dtype: torch.dtype = torch.float32,
+               adjust: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
+    """Parameters and optimizer state after one step of AdamW, and what the loss of this batch was (section 5.2).
+
+    inputs and targets are (B, T). Without a generator there is no dropout. To save memory, the new values are written
+    into the tensors that were passed: use only what is returned. The model computes in `dtype`, the parameters keep
+    theirs. `adjust`, if given, turns the gradients, one for each distinct tensor, into those to use.
+    FloatingPointError, with nothing written, if the loss is infinite or nan.
+    """
+    leaves = map_params(lambda tensor: tensor.detach().requires_grad_(), params)  # in the same memory as the parameters
+    loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config, generator)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss of step {opt_state.step} is {loss.item()}")
+    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, distinct(leaves))]
+    if adjust is not None:
+        gradients = adjust(gradients)
+    # The function behind torch.optim.AdamW, which wants the number of steps as a tensor for each parameter.
+    steps = torch.full((len(gradients),), float(opt_state.step), device=loss.device).unbind()
+    with torch.no_grad():
+        adamw(distinct(leaves), gradients, distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq),
+              max_exp_avg_sqs=[], state_steps=list(steps), fused=True, amsgrad=False, maximize=False,
+              beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=lr, weight_decay=weight_decay)
+    return params, opt_state._replace(step=opt_state.step + 1), loss.detach()  # all with the new values in them
+
+
+def learning_rate(step: int, total_steps: int, settings: Settings) -> float:
+    """The learning rate of a step, counted from 0: a linear warm-up, then a cosine down to min_lr (appendix D)."""
+    warmup, peak = settings.warmup_steps, settings.lr
+    if step < warmup:
+        return settings.initial_lr + step * (peak - settings.initial_lr) / warmup
+    if settings.min_lr is None:
+        return peak
+    progress = (step - warmup) / (total_steps - warmup)
+    return settings.min_lr + (peak - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
+    """The gradients; if all of them together are longer than max_norm, shortened to it (appendix D). In place."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return [gradient.mul_(scale) for gradient in gradients]
+
+
+# The run
+
+def start_state(run: Run, loaded: Checkpoint | None = None, device: torch.device | str = "cpu") -> State:
+    """The first state of a run, or the one that was saved; ValueError if that is of another text, or damaged.
+
+    Without a run in the checkpoint, a new one starts from its parameters and, if it has one, its optimizer's state.
+    """
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    params = init_params(run.config, generator) if loaded is None else loaded.params
+
+    def own(tensor: Tensor) -> Tensor:  # a copy: training writes into it
+        return tensor.to(device, torch.float32, copy=True)
+    params = map_params(own, params)
+    opt_state = init_optimizer(params)
+    if loaded is not None and loaded.opt_state is not None:
+        step, *moments = loaded.opt_state
+        opt_state = OptState(step, *(map_params(own, each) for each in moments))
+    state = State(params, opt_state, generator.get_state())
+    if loaded is None or "text_hash" not in loaded.run:
+        return state
+    if loaded.run["text_hash"] != run.text_hash:
+        raise ValueError(f"it was made with other data than {' '.join(run.settings.data)}; to start a new run from its "
+                         "model, use --weights and another --checkpoint")
+    return restore(run, state, loaded.run)
+
+
+def restore(run: Run, state: State, saved: dict[str, Any]) -> State:
+    """The state with what was saved beside parameters and moments; ValueError if that is damaged."""
+    try:
+        generator = torch.Generator()
+        generator.set_state(saved["generator_state"])
+        evaluations = tuple((int(tokens), float(one), float(two)) for tokens, one, two in saved["evaluations"])
+        order, shape = saved["order"], (run.steps_per_epoch, run.settings.batch_size)
+        if order is not None:
+            order = order.clone()  # so that nothing stays mapped to the file
+            if order.shape != shape or order.dtype != torch.int64 or not 0 <= order.min() <= order.max() < len(
+                    run.train_windows):
+                raise ValueError
+        loss = None if saved["loss"] is None else float(saved["loss"])
+        return State(state.params, state.opt_state, generator.get_state(), order, evaluations, loss)
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+        raise ValueError("the state of the run in it is damaged") from None
+
+
+def to_checkpoint(run: Run, state: State) -> Checkpoint:
+    """What is saved of a state: start_state(run, to_checkpoint(run, state)) == state."""
+    rest = {"generator_state": state.generator_state, "order": state.order, "evaluations": state.evaluations,
+            "loss": state.loss, "text_hash": run.text_hash, "settings": asdict(run.settings),
+            "launcher": run.processes.launcher}
+    opt_state = state.opt_state if state.opt_state.step > 0 else None  # at the start it is nothing but zeros
+    return Checkpoint(state.params, run.config, opt_state, rest)
+
+
+def next_state(run: Run, state: State) -> State:
+    """The state after one step of training or, where the chapter evaluates between two steps, after that (section 5.2).
+
+    A step of training adds 1 to opt_state.step. An evaluation does not, but adds to `evaluations`. Only the tensors of
+    parameters and moments are written into: go on with the state that is returned. After an error, the state that was
+    passed is as it was. FloatingPointError if the loss is infinite or nan.
+    """
+    generator = torch.Generator()
+    generator.set_state(state.generator_state)
+    step = state.opt_state.step  # steps done
+    if is_evaluation_due(run, state):
+        losses = evaluate_model(state.params, run, generator, run.settings.eval_iter)
+        # At its end a run is evaluated where the chapter does not do so. What this draws must not change a longer run.
+        generator_state = generator.get_state() if is_logged(run, step) else state.generator_state
+        evaluations = (*state.evaluations, (step * run.tokens_per_step, *losses))
+        return state._replace(evaluations=evaluations, generator_state=generator_state)
+
+    settings, processes, order = run.settings, run.processes, state.order
+    index = step % run.steps_per_epoch  # of the step in its epoch
+    if index == 0 or order is None:  # None: the run began with a file of other tools, in the middle of an epoch
+        batches = draw_batches(len(run.train_windows), settings.batch_size, generator, shuffle=True)
+        order = processes.gather(torch.stack(batches))[0]  # the first process's, for all
+    device = state.params["tok_emb.weight"].device
+    inputs, targets = get_batch(run.train_windows, order[index].chunk(processes.size)[processes.rank], device)
+
+    def adjust(gradients: list[Tensor]) -> list[Tensor]:
+        gradients = processes.average(gradients)
+        if settings.max_norm is None or step < settings.warmup_steps:
+            return gradients
+        return clip_gradients(gradients, settings.max_norm)
+    params, opt_state, loss = train_step(
+        state.params, state.opt_state, inputs, targets, run.config, dropout_generator(run, step, generator, device),
+        lr=learning_rate(step, run.total_steps, settings), weight_decay=settings.weight_decay,
+        dtype=getattr(torch, settings.dtype), adjust=adjust)
+    return State(params, opt_state, generator.get_state(), order, state.evaluations, loss.item())
+
+
+def is_logged(run: Run, step: int) -> bool:
+    """Whether the chapter prints the losses when so many steps are done: after the first, and then every eval_freq."""
+    return step > 0 and (step - 1) % run.settings.eval_freq == 0
+
+
+def is_evaluation_due(run: Run, state: State) -> bool:
+    """Whether this state's losses are wanted, for the log or at the end of the run, and not among its evaluations."""
+    step = state.opt_state.step
+    evaluated = bool(state.evaluations) and state.evaluations[-1][0] == step * run.tokens_per_step
+    return not evaluated and (is_logged(run, step) or step == run.total_steps)
+
+
+def is_finished(run: Run, state: State) -> bool:
+    """Whether nothing is left to do."""
+    return state.opt_state.step >= run.total_steps and not is_evaluation_due(run, state)
+
+
+def dropout_generator(run: Run, step: int, generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """What a step's dropout draws from: on a CPU, in the first process, the run's own generator, as in the chapter.
+
+    Anywhere else a new one for each step, so that the same step draws the same masks again.
+    """
+    if device.type == "cpu" and run.processes.rank == 0:
+        return generator
+    seed = np.random.SeedSequence((run.settings.seed, step, run.processes.rank)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(seed[0]))
+
+
+def log_lines(run: Run, state: State) -> list[str]:
+    """The lines of the chapter's log that belong to a state: its losses, and a sample at the end of an epoch."""
+    if is_evaluation_due(run, state) or state.opt_state.step == 0:
+        return []
+    lines, step = [], state.opt_state.step - 1  # the number of the last step: the chapter counts from 0
+    epoch, index = divmod(step, run.steps_per_epoch)
+    if is_logged(run, state.opt_state.step):
+        _, train_loss, val_loss = state.evaluations[-1]
+        lines.append(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+    if index == run.steps_per_epoch - 1:
+        params = compute_in(state.params, getattr(torch, run.settings.dtype))
+        prompt = text_to_token_ids(run.settings.start_context, run.tokenizer).to(params["tok_emb.weight"].device)
+        text = token_ids_to_text(generate(params, prompt, run.config, 50), run.tokenizer)
+        lines.append(text.replace("\n", " "))
+    return lines
+
+
+def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoch: int, path: str | Path) -> None:
+    """Draws the losses against epochs, with a second axis for the tokens seen, into a file (figure 5.12)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    tokens_seen, train_losses, val_losses = zip(*evaluations, strict=True)
+    epochs_seen = [tokens / tokens_per_epoch for tokens in tokens_seen]
+    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    marker = "o" if len(evaluations) == 1 else ""  # one point makes no line
+    axes.plot(epochs_seen, train_losses, marker=marker, label="Training loss")
+    axes.plot(epochs_seen, val_losses, marker=marker, linestyle="-.", label="Validation loss")
+    axes.set(xlabel="Epochs", ylabel="Loss")
+    axes.legend(loc="upper right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    to_tokens, to_epochs = (lambda epochs: epochs * tokens_per_epoch), (lambda tokens: tokens / tokens_per_epoch)
+    axes.secondary_xaxis("top", functions=(to_tokens, to_epochs)).set_xlabel("Tokens seen")
+    with write_atomically(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:])
+
+
+# ---- The chapter ends here. What follows is the edge: it prints, saves, reads options and meets other processes. ----
+
+def train(run: Run, state: State, checkpoint: str | None = None, signals: Sequence[int] | None = None) -> State:
+    """The last state of a run: at its end, or after the step in which a signal came (section 5.2).
+
+    Prints the chapter's log. With a checkpoint, saves there at the start, every save_every steps and at the end, also
+    when an error ends the run, and draws the losses. Of several processes, the first alone prints and saves.
+    `signals` is a list that is not empty when a signal has come; without one, signals are caught.
+    FloatingPointError if a loss is infinite or nan: then nothing more is saved.
+    """
+    if signals is None:
+        with caught_signals() as signals:
+            return train(run, state, checkpoint, signals)
+    leader, tokens = run.processes.rank == 0, run.tokens_per_step
+    if leader and checkpoint and state.opt_state.step == 0:
+        save_state(run, state, checkpoint)  # if the disk can't take it, it is better to know now
+    try:
+        with tqdm(desc="training", total=run.total_steps * tokens, initial=state.opt_state.step * tokens,
+                  unit=" tokens", unit_scale=True, disable=None if leader else True) as bar:
+            while not is_finished(run, state) and not any(run.processes.gather(bool(signals))):
+                state = next_state(run, state)
+                if leader:
+                    report(run, state, bar)
+                    if checkpoint and is_save_due(run, state):
+                        save_state(run, state, checkpoint)
+                    if run.settings.best and is_best(run, state):
+                        save_state(run, state, run.settings.best)
+    except FloatingPointError:
+        raise
+    except Exception:
+        if leader and checkpoint:
+            finish(run, state, checkpoint)
+        raise
+    if leader and checkpoint:
+        finish(run, state, checkpoint)
+    return state
+
+
+def report(run: Run, state: State, bar: "tqdm[Any]") -> None:
+    """Moves the bar to where the state is, and prints the state's lines of the log."""
+    if state.loss is not None:
+        bar.set_postfix(loss=f"{state.loss:.3f}", refresh=False)
+    bar.update(state.opt_state.step * run.tokens_per_step - bar.n)
+    for line in log_lines(run, state):
+        tqdm.write(line, file=sys.stdout)  # clear of the bar, which is on standard error
+    sys.stdout.flush()
+
+
+def is_save_due(run: Run, state: State) -> bool:
+    """Whether the settings say to save after this step; with its evaluation, where one is due."""
+    every = run.settings.save_every
+    return every > 0 and state.opt_state.step % every == 0 and not is_evaluation_due(run, state)
+
+
+def is_best(run: Run, state: State) -> bool:
+    """Whether this state was just evaluated and has the lowest validation loss so far."""
+    if not state.evaluations:
+        return False
+    *before, (tokens, _, val_loss) = state.evaluations
+    return tokens == state.opt_state.step * run.tokens_per_step and all(val_loss < other for _, _, other in before)
+
+
+def save_state(run: Run, state: State, path: str) -> None:
+    """Saves the state, and draws its losses. A model that computes nan is not saved: FloatingPointError."""
+    loss = mean_loss(state.params, run.config, run.val_windows, [torch.tensor([0])])
+    if not all(map(math.isfinite, [loss, *(tensor.sum().item() for tensor in distinct(state.params))])):
+        raise FloatingPointError(f"the model computes nan after {state.opt_state.step} steps")
+    save_checkpoint(path, to_checkpoint(run, state))
+    if state.evaluations:
+        try:
+            plot_losses(state.evaluations, run.steps_per_epoch * run.tokens_per_step, run.settings.plot)
+        except OSError as error:
+            say(f"{run.settings.plot} could not be written: {error.strerror}")
+
+
+def finish(run: Run, state: State, checkpoint: str) -> None:
+    """Saves the state for the last time and says what is where, and how to go on."""
+    save_state(run, state, checkpoint)
+    picture = f" and {run.settings.plot}" if state.evaluations else ""
+    say(f"saved {checkpoint} ({os.path.getsize(checkpoint) / 1e6:,.1f} MB){picture}")
+    if not is_finished(run, state):
+        command = shlex.join(["python", "train.py", "--resume", "--checkpoint", checkpoint])
+        say(f"stopped after {state.opt_state.step} steps: `{command}` goes on")
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that will hold the signals that ask for an end; a second Ctrl-C or SIGTERM ends the process at once.
+
+    SIGUSR1 is what SLURM sends before the time is up. A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    """
+    caught: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has not all of them
+    handlers = {number: handler for number in numbers if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+
+    def handle(number: int, _frame: Any) -> None:
+        caught.append(number)
+        for each in handlers.keys() & {signal.SIGINT, signal.SIGTERM}:  # SIGHUP comes twice when a terminal is closed
+            signal.signal(each, signal.SIG_DFL)
+    for each in handlers:
+        signal.signal(each, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def tune_allocator() -> None:
@@ -82,397 +583,229 @@ def tune_allocator() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def read_text(paths: Sequence[str | Path]) -> str:
-    """The text of UTF-8 files, `<|endoftext|>` between them; ValueError for one that is empty or no text."""
-    texts = []
-    for path in paths:
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text") from None
-        if not texts[-1].strip() or "\0" in texts[-1]:
-            raise ValueError(f"{path} is {'empty' if not texts[-1].strip() else 'not text: it has zero bytes'}")
-    return END_OF_TEXT.join(texts)
+def join_processes(device: torch.device) -> tuple[torch.device, Processes]:
+    """This process's device and its place among the processes that torchrun has started, if it has.
 
-
-def tokenize(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The token ids of a text, as 16-bit integers (section 5.1.3)."""
-    # No token reaches from before a blank into it: pieces that end before one have the tokens of the whole.
-    pieces = re.findall(rf"(?s).{{{PIECE}}}.*?\S(?=[ \n])|.*", text)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tokens = pool.map(
-            lambda piece: tokenizer.encode_to_numpy(piece, allowed_special={END_OF_TEXT}).astype(np.uint16), pieces)
-        return np.concatenate(list(tqdm(tokens, "tokenizing", len(pieces), delay=1, leave=False)))
-
-
-def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Views of length + 1 tokens (n, length + 1), one every `length` tokens: inputs, and targets shifted by one."""
-    if len(tokens) <= length:
-        return np.empty((0, length + 1), tokens.dtype)
-    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
-
-
-def read_windows(settings: Settings, tokenizer: tiktoken.Encoding) -> Windows:
-    """The windows of the training and the validation part of the text; ValueError if they are too few (5.1.3)."""
-    text, length = read_text(settings.data), settings.context_length
-    split = int(settings.train_ratio * len(text))
-    train, val = (make_windows(tokenize(part, tokenizer), length) for part in (text[:split], text[split:]))
-    for part, windows, needed in (("training", train, settings.batch_size), ("validation", val, 1)):
-        if len(windows) < needed:
-            raise ValueError(f"the text is too short: its {part} part has {len(windows)} windows of {length} tokens, "
-                             f"{needed} or more are needed")
-    return Windows(train, val)
-
-
-def batches(n: int, batch_size: int, generator: torch.Generator, shuffle: bool) -> tuple[Tensor, ...]:
-    """For each batch of a pass over n windows, the numbers of its windows (B,), drawn as the chapter does (5.1.3).
-
-    A shuffled pass, for training, drops the last batch if it is not full.
+    Each has a cuda device of its own, or the CPU. The functions of Processes raise a ConnectionError when another
+    process has ended.
     """
-    # DataLoader draws a seed for its worker processes, even where it has none, and then one for the order, if any.
-    seeds = torch.empty(2 if shuffle else 1, dtype=torch.int64).random_(generator=generator)
-    if not shuffle:
-        return torch.split(torch.arange(n), batch_size)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(int(seeds[1])))
-    return torch.split(order, batch_size)[:n // batch_size]
+    rank, local_rank, size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launcher = os.getppid() if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0
+    if size == 1:
+        return device, Processes(launcher=launcher)
+    device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:  # the others may wait for a download: a day is enough
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes can't meet: {error}") from None
 
-
-def batch_of(windows: np.ndarray, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of the windows in these rows."""
-    tokens = torch.from_numpy(windows[rows.numpy()].astype(np.int64)).to(device)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-@torch.no_grad()
-def calc_loss_loader(params: Params, windows: np.ndarray, loader: Sequence[Tensor], config: Config) -> float:
-    """The mean loss over batches of windows, each given by their numbers, without dropout (section 5.1.3)."""
-    device = params["tok_emb.weight"].device
-    return sum(calc_loss(params, *batch_of(windows, rows, device), config).item() for rows in loader) / len(loader)
-
-
-def evaluate_model(params: Params, train_windows: np.ndarray, val_windows: np.ndarray, batch_size: int, config: Config,
-                   generator: torch.Generator, eval_iter: int | None = None) -> tuple[float, float]:
-    """The mean training and validation loss over eval_iter batches of each, or all, without dropout (section 5.2).
-
-    The generator gives the order of the training batches.
-    """
-    train_loader = batches(len(train_windows), batch_size, generator, shuffle=True)[:eval_iter]
-    val_loader = batches(len(val_windows), batch_size, generator, shuffle=False)[:eval_iter]
-    return (calc_loss_loader(params, train_windows, train_loader, config),
-            calc_loss_loader(params, val_windows, val_loader, config))
-
-
-def init_optimizer(params: Params) -> OptState:
-    """AdamW's state before the first step: for each parameter a step count and two moments, all 0 (section 5.2)."""
-    return {name: {"step": torch.zeros((), device=tensor.device), "exp_avg": torch.zeros_like(tensor),
-                   "exp_avg_sq": torch.zeros_like(tensor)} for name, tensor in params.items()}
-
-
-def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
-               generator: torch.Generator | None = None, *, lr: float = 4e-4, weight_decay: float = 0.1,
-               dtype: torch.dtype = torch.float32,
-               average: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
-    """Parameters and optimizer state after one step of AdamW, and what the loss of this batch was (section 5.2).
-
-    inputs and targets are (B, T). The new values are written into the old tensors: use only what is returned.
-    The model computes in `dtype`, the parameters keep theirs. `average`, if given, gets the gradients, one for each
-    tensor among the parameters, and returns those to use: with several processes, their mean.
-    """
-    names = {id(tensor): name for name, tensor in params.items()}  # tied parameters are one tensor: it goes by the last
-    leaves = {key: params[name].detach().requires_grad_() for key, name in names.items()}  # what autograd follows
-    # A cast of the embeddings would copy all of a table of which a few rows are looked up.
-    computed = {name: leaves[id(tensor)] if name in EMBEDDINGS else leaves[id(tensor)].to(dtype)
-                for name, tensor in params.items()}
-    loss = calc_loss(computed, inputs, targets, config, generator)
-    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, list(leaves.values()))]
-    if average is not None:
-        gradients = average(gradients)
-    first, second, steps = ([opt_state[name][key] for name in names.values()]
-                            for key in ("exp_avg", "exp_avg_sq", "step"))
-    with torch.no_grad():
-        adamw(list(leaves.values()), gradients, first, second, max_exp_avg_sqs=[], state_steps=steps, fused=True,
-              amsgrad=False, maximize=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=lr, weight_decay=weight_decay)
-    return params, opt_state, loss.detach()
-
-
-def reduce(tensors: list[Tensor], operation: Any) -> list[Tensor]:
-    """The tensors' sum or maximum over all processes, in their own buffers; ConnectionError if another has ended."""
-    if not dist.is_initialized():
-        return tensors
-    try:  # all at once and each where it lies: to join them first would cost more than it saves
-        for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
-            work.wait()
-    except RuntimeError:
-        raise ConnectionError("another process has ended: --resume goes on from the last save") from None
-    return tensors
-
-
-def dropout_generator(generator: torch.Generator, step: int, device: torch.device, rank: int) -> torch.Generator:
-    """What a step's dropout draws from: on a CPU, in process 0, the run's own; anywhere else a new one each step."""
-    if device.type == "cpu" and rank == 0:
-        return generator
-    seed = np.random.SeedSequence((generator.initial_seed(), step, rank)).generate_state(1)
-    return torch.Generator(device).manual_seed(int(seed[0]))
-
-
-def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoch: int, path: str | Path) -> None:
-    """Draws the losses against epochs, with a second axis for the tokens seen, into a file (figure 5.12)."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    tokens_seen, train_losses, val_losses = zip(*evaluations, strict=True)
-    epochs_seen = [tokens / tokens_per_epoch for tokens in tokens_seen]
-    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(epochs_seen, train_losses, label="Training loss")
-    axes.plot(epochs_seen, val_losses, linestyle="-.", label="Validation loss")
-    axes.set(xlabel="Epochs", ylabel="Loss")
-    axes.legend(loc="upper right")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    to_tokens, to_epochs = (lambda epochs: epochs * tokens_per_epoch), (lambda tokens: tokens / tokens_per_epoch)
-    axes.secondary_xaxis("top", functions=(to_tokens, to_epochs)).set_xlabel("Tokens seen")
-    with write_atomically(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:])
-
-
-def catch_signals() -> list[int]:
-    """A list that will hold the first Ctrl-C, SIGTERM or SIGHUP to come; a second one ends the process at once."""
-    caught, handled = list[int](), [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        handled.append(signal.SIGHUP)
-
-    def handle(signum: int, _frame: Any) -> None:
-        caught.append(signum)
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)
-    for each in handled:
-        signal.signal(each, handle)
-    return caught
-
-
-def train(params: Params, opt_state: OptState, config: Config, progress: Progress, windows: Windows,
-          tokenizer: tiktoken.Encoding, generator: torch.Generator, settings: Settings, checkpoint: str,
-          signals: list[int], rank: int = 0, world_size: int = 1) -> Progress:
-    """How far training came, to the end or until there is a signal in the list; prints the chapter's log (section 5.2).
-
-    Writes the checkpoint at the end, when interrupted, and every `save_every` steps. Adds a SIGPIPE to the signals when
-    none can read the log any more. This is process `rank` of `world_size`, each of which takes its part of every batch;
-    process 0 alone saves, evaluates and prints.
-    """
-    device, dtype, leader = params["tok_emb.weight"].device, getattr(torch, settings.dtype), rank == 0
-    n, batch_size = len(windows.train), settings.batch_size
-    steps_per_epoch, batch_tokens = n // batch_size, batch_size * settings.context_length
-    total, order = settings.epochs * steps_per_epoch, progress.order
+    def gather(value: Any) -> list[Any]:
+        everyone = [None] * size
+        with together():
+            dist.all_gather_object(everyone, value)
+        return everyone
 
     def average(gradients: list[Tensor]) -> list[Tensor]:
-        return [gradient.div_(world_size) for gradient in reduce(gradients, dist.ReduceOp.SUM)]
+        with together():  # all at once and each where it lies: to join them first would cost more than it saves
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+        return [gradient.div_(size) for gradient in gradients]
+    return device, Processes(rank, size, gather, average, launcher)
 
-    def largest(value: Tensor) -> Tensor:
-        return reduce([value.to(device)], dist.ReduceOp.MAX)[0].cpu() if world_size > 1 else value
-    with tqdm(desc="training", total=total * batch_tokens, initial=progress.step * batch_tokens, unit=" tokens",
-              unit_scale=True, disable=not leader) as bar:
-        for step in range(progress.step, total):
-            epoch, index = divmod(step, steps_per_epoch)
-            if index == 0 or order is None:  # None: in the middle of an epoch, but in a file of another origin
-                order = torch.stack(batches(n, batch_size, generator, shuffle=True))
-                order = largest(order if leader else torch.zeros_like(order))  # the leader's, for all
-            inputs, targets = batch_of(windows.train, order[index].chunk(world_size)[rank], device)
-            params, opt_state, _ = train_step(
-                params, opt_state, inputs, targets, config, dropout_generator(generator, step, device, rank),
-                lr=settings.lr, weight_decay=settings.weight_decay, dtype=dtype,
-                average=average if world_size > 1 else None)
-            log = []
-            if leader and step % settings.eval_freq == 0:
-                train_loss, val_loss = evaluate_model(
-                    cast(params, dtype), *windows, batch_size, config, generator, settings.eval_iter)
-                evaluation = ((step + 1) * batch_tokens, train_loss, val_loss)
-                progress = progress._replace(evaluations=(*progress.evaluations, evaluation))
-                log.append(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
-            if leader and index == steps_per_epoch - 1:
-                prompt = text_to_token_ids(settings.start_context, tokenizer).to(device)
-                text = token_ids_to_text(generate(cast(params, dtype), prompt, config, 50), tokenizer)
-                log.append(text.replace("\n", " "))
-            try:
-                bar.update(batch_tokens)
-                for line in log:
-                    tqdm.write(line, file=sys.stdout)  # clear of the bar, which is on standard error
-                sys.stdout.flush()
-            except OSError:  # none can read it any more, but no work is lost
-                bar.disable = True  # or it would fail once more when it is closed
-                signals.append(signal.SIGPIPE)
-            stop = largest(torch.tensor(len(signals))).item()  # if any process has got a signal
-            progress = progress._replace(step=step + 1, order=order, generator_state=generator.get_state())
-            saving = settings.save_every and (step + 1) % settings.save_every == 0
-            if leader and (stop or saving or step + 1 == total):
-                save_checkpoint(checkpoint, params, config, opt_state, settings.lr, settings.weight_decay,
-                                progress=progress._asdict(), settings=settings._asdict())
-            if stop:
-                break
-    return progress
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails here fails because another process has ended: ConnectionError."""
+    try:
+        yield
+    except RuntimeError:
+        raise ConnectionError("another process has ended: --resume goes on from the last save") from None
+
+
+@dataclass(frozen=True)
+class Files(sample.Options):
+    """The options of this command line that say where things come from and go to."""
+    checkpoint: str = option("model.pth", TEXT, "where the run is saved")
+    resume: bool = option(False, sample.YES, "go on from --checkpoint, with its settings unless others are given")
+    overwrite: bool = option(False, sample.YES, "replace --checkpoint if it is there")
+    weights: str | None = option(None, TEXT, "start a new run from this model: a file, a folder, or `openai`")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.weights:
+            raise ValueError("--resume goes on from --checkpoint and --weights starts a new run: give one of them")
+
+    @property
+    def origin(self) -> str | None:
+        """What the run starts from, if not from nothing."""
+        return self.checkpoint if self.resume else self.weights
+
+
+@dataclass(frozen=True)
+class ModelOptions(sample.Checked):
+    """The options that shape a fresh model; only drop_rate can be changed in one that is loaded."""
+    emb_dim: int = option(GPT_CONFIG_124M.emb_dim, whole(1), "size of the embeddings")
+    n_heads: int = option(GPT_CONFIG_124M.n_heads, whole(1), "attention heads; with --emb-dim alone emb_dim / 64")
+    n_layers: int = option(GPT_CONFIG_124M.n_layers, whole(1), "transformer blocks")
+    drop_rate: float = option(GPT_CONFIG_124M.drop_rate, number(0, 1), "probability of dropout")
+    qkv_bias: bool = option(GPT_CONFIG_124M.qkv_bias, sample.YES, "query, key and value have a bias")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of this command line; the defaults are those of Settings and of the chapter's configuration."""
-    parser = sample.new_parser("Train a GPT-2 model on a text, as the chapter does.")
-    add = parser.add_argument
-    add("--data", nargs="+", help="UTF-8 text files")
-    add("--train-ratio", type=number(float, 0, 1, above=True), help="the part of the text to train on")
-    add("--epochs", type=number(int, 0), help="in all, also with --resume; 0 prints the losses")
-    add("--batch-size", type=number(int, 1), help="windows a step, over all processes")
-    add("--lr", type=number(float, 0, above=True), help="AdamW's learning rate")
-    add("--weight-decay", type=number(float, 0), help="AdamW's weight decay")
-    add("--eval-freq", type=number(int, 1), help="steps between evaluations")
-    add("--eval-iter", type=number(int, 1), help="batches of each set in an evaluation")
-    add("--start-context", help="what the samples continue")
-    add("--save-every", type=number(int, 0), help="steps between saves; 0: at the end and when interrupted")
-    add("--context-length", type=number(int, 1), help="tokens in a window, and the most that a fresh model can see")
-    add("--vocab-size", type=int, choices=[GPT_CONFIG_124M.vocab_size], help="of the model, that of GPT-2's tokenizer")
-    add("--emb-dim", type=number(int, 1), help="of the model")
-    add("--n-layers", type=number(int, 1), help="of the model")
-    add("--drop-rate", type=number(float, 0, 1), help="of the model")
-    add("--qkv-bias", action=argparse.BooleanOptionalAction, help="of the model")
-    add("--checkpoint", type=os.path.normpath, default="model.pth", help="where the model is saved")
-    add("--plot", type=os.path.normpath, default="loss.png", help="the picture: .png, .pdf or .svg")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--weights", choices=["openai"], help="start from the published GPT-2; from others: --resume")
-    start.add_argument("--resume", action="store_true", help="go on from --checkpoint, with its settings unless given")
-    parser.set_defaults(**asdict(GPT_CONFIG_124M) | Settings()._asdict() | {"n_heads": None})
-    return parser
+    """The parser of this command line."""
+    return sample.new_parser("Train a GPT-2 model on a text, as the chapter does.", """examples:
+  python train.py --data book.txt --epochs 3 --checkpoint book.pth --plot book.png
+  python train.py --resume --epochs 11""",
+                             {"the run": Settings, "files and device": Files, "the model": ModelOptions})
 
 
-def settle(arguments: list[str], loaded: Checkpoint | None, source: str) -> tuple[Settings, Config]:
-    """What decides a run: each option as given, or else as in what was loaded from source, or else as in the chapter.
+def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None) -> tuple[Settings, Config]:
+    """Settings and configuration: what was typed lies over what was loaded, and that over the chapter's defaults.
 
-    ValueError for an option that contradicts what was loaded: of a model, only drop_rate can be changed; windows may be
-    shorter than its context; a run that goes on keeps its windows, its batches and its seed.
+    ValueError for what makes no sense, or contradicts the model or the run that was loaded.
     """
-    parser, model, saved = build_parser(), GPT_CONFIG_124M, dict[str, Any]()
-    if loaded is not None:
-        model, saved = loaded.config, loaded.run.get("settings", {})
-    window = min(model.context_length, Settings().context_length)
-    parser.set_defaults(**asdict(model) | {"context_length": window})
-    # What was saved is parsed as if it had been typed before the arguments, and so checked as they are.
-    before = [f"--{name.replace('_', '-')}={saved[name]}" for name in Settings._fields[1:] if name in saved]
-    before += ["--data", *saved["data"]] if "data" in saved else []
-    kept, chosen = vars(parser.parse_args(before)), vars(parser.parse_args([*before, *arguments]))
-    fixed = ["emb_dim", "n_heads", "n_layers", "qkv_bias"] if loaded else []
-    for name in fixed + (["batch_size", "context_length", "seed", "train_ratio"] if saved else []):
-        if chosen[name] != kept[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {chosen[name]} contradicts {source}: {kept[name]} there")
-    settings = Settings(*(chosen[name] for name in Settings._fields))
-    if not settings.start_context:
-        raise ValueError("--start-context is empty: give the samples something to continue")
-    config = Config(**{name: chosen[name] for name in asdict(model)})
+    names = {each.name for each in fields(ModelOptions)}
+    typed_settings = {name: value for name, value in typed.items() if name not in names}
+    typed_model = {name: value for name, value in typed.items() if name in names}
+    model = asdict(loaded.config if loaded else GPT_CONFIG_124M)
+    saved = loaded.run.get("settings", {}) if loaded else {}
+    fixed = {name: model[name] for name in ("emb_dim", "n_heads", "n_layers", "qkv_bias") if loaded}
+    fixed |= {name: saved[name] for name in ("batch_size", "context_length", "seed", "train_ratio") if name in saved}
+    for name, value in fixed.items():
+        if typed.get(name, value) != value:
+            raise ValueError(f"{sample.flag(name)} {typed[name]} contradicts {origin}: {value} there")
+    Settings(**typed_settings)  # first alone: a mistake that was typed is not one of the file
+    ModelOptions(**typed_model)
+    window = min(model["context_length"], GPT_CONFIG_124M.context_length)
+    try:
+        settings = from_fields(Settings, {"context_length": window, **saved, **typed_settings})
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     if loaded is None:
-        return settings, config
-    if settings.context_length > model.context_length:
-        raise ValueError(f"--context-length {settings.context_length} is more than {source} can see: "
-                         f"{model.context_length}")
-    return settings, replace(model, drop_rate=config.drop_rate)
+        if "emb_dim" in typed:
+            model["n_heads"] = usual_heads(typed["emb_dim"])
+        model |= typed_model
+        return settings, Config(**model | {"context_length": settings.context_length})
+    if settings.context_length > model["context_length"]:
+        raise ValueError(f"--context-length {settings.context_length} is more than {origin} can see: "
+                         f"{model['context_length']}")
+    return settings, replace(loaded.config, drop_rate=typed.get("drop_rate", model["drop_rate"]))
 
 
-def check_outputs(checkpoint: Path, plot: Path, settings: Settings, params: Params) -> None:
-    """Raises now what would fail after hours of training: paths that can't be written, a full disk."""
-    outputs = {checkpoint.resolve(), plot.resolve()}
-    if len(outputs) < 2 or outputs & {Path(path).resolve() for path in settings.data}:
-        raise ValueError("--checkpoint and --plot must be different files, and none of --data")
-    if plot.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot {plot} must end in .png, .pdf or .svg")
-    for path in (checkpoint, plot):
+def check_outputs(files: Files, settings: Settings, own: Sequence[str | None]) -> None:
+    """Raises a ValueError if a file would be written over another that is not the run's own, or can't be written."""
+    models = [Path(files.checkpoint), *([Path(settings.best)] if settings.best else [])]
+    plot, texts = Path(settings.plot), {Path(path).resolve() for path in settings.data}
+    if len({path.resolve() for path in (*models, plot, *texts)}) < len(models) + 1 + len(texts):
+        raise ValueError("--checkpoint, --best and --plot must be different files, and none of --data")
+    for path in (*models, plot):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} can't be written: there is no folder {path.parent}")
         if path.exists() and not (path.is_file() and (path == plot or zipfile.is_zipfile(path))):
             kind = "picture" if path == plot else "checkpoint"
             raise ValueError(f"{path} is there and is no {kind}: it will not be overwritten")
-        with open(f"{path}.partial", "wb"):
-            os.remove(f"{path}.partial")
-    needed = 12 * sum(tensor.numel() for tensor in params.values())  # float32, with AdamW's moments
-    needed *= 2 if settings.save_every else 1  # the second file is written beside the first
-    if (free := shutil.disk_usage(checkpoint.parent).free) < needed:
-        raise ValueError(f"{checkpoint} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
+        if path.exists() and path != plot and str(path) not in own and not files.overwrite:
+            raise ValueError(f"{path} is there: --resume goes on with it, --overwrite replaces it, or use another name")
 
 
-def join_processes(device: torch.device) -> tuple[torch.device, int, int, int]:
-    """This process's device, its number, its number on its machine, and how many there are, as torchrun has set it.
-
-    Without torchrun: the device as given, 0, 0 and 1. With it, each has a cuda device of its own, or the CPU.
-    """
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if world_size == 1:
-        return device, 0, 0, 1
-    device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return device, rank, local_rank, world_size
-
-
-def keep_old(checkpoint: str) -> None:
-    """Keeps the file that a new run will replace: it can be found as `.old` from now on, too."""
-    old = Path(f"{checkpoint}.old")
-    old.unlink(missing_ok=True)
+def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes: Processes) -> tuple[Run, State]:
+    """The run that was asked for, and the state in which it begins."""
+    loaded, origin = None, files.origin
+    for rank in range(processes.size):  # one after the other: the first one downloads, the others find it
+        if origin and rank == processes.rank:
+            loaded = load_model(origin, typed.get("n_heads"), files.size, files.models_dir, files.base_url,
+                                with_run=files.resume)
+        processes.gather(None)
+    settings, config = choose(typed, loaded, origin)
+    if settings.batch_size % processes.size:
+        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {processes.size} processes")
+    if processes.rank == 0 and settings.epochs:
+        saved = loaded.run.get("settings", {}) if loaded else {}
+        check_outputs(files, settings, own=(files.checkpoint, saved.get("best")) if files.resume else ())
     try:
-        os.link(checkpoint, old)
-    except OSError:  # this file system has no second names
-        shutil.copyfile(checkpoint, old)
-    print(f"{checkpoint} is there: it is kept as {old}", file=sys.stderr)
+        text = read_text(settings.data)
+    except FileNotFoundError as error:
+        if "data" in typed or not files.resume:
+            raise
+        raise ValueError(f"{error.filename}, which {origin} was trained on, is not here: use --data") from None
+    run = make_run(text, config, settings, processes)
+    try:
+        state = start_state(run, loaded, device)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    if len(set(processes.gather((config, state.opt_state.step, run.text_hash)))) > 1:
+        raise ValueError("the processes do not have the same checkpoint and data")
+    if processes.rank == 0:
+        say(*(loaded.notes if loaded else ()))
+    return run, state
+
+
+def start_lines(run: Run, state: State) -> list[str]:
+    """What a run says of itself at its start."""
+    device, count = state.params["tok_emb.weight"].device, sum(tensor.numel() for tensor in distinct(state.params))
+    lines = [f"{count:,} parameters, {len(run.train_windows)} + {len(run.val_windows)} windows of "
+             f"{run.settings.context_length} tokens, {run.total_steps} steps, on {device}"]
+    if device.type != "cpu":
+        lines.append("the chapter's figures are a CPU's: those printed here will differ")
+    if run.settings.epochs and is_finished(run, state):
+        lines.append(f"all {run.settings.epochs} epochs are done: --epochs asks for more")
+    units = torch.cpu.get_capabilities()
+    if run.settings.dtype == "bfloat16" and device.type == "cpu" and units.get("architecture") == "x86_64" and not (
+            units.get("avx512_bf16") or units.get("amx_bf16")):
+        lines.append("this processor has no units for bfloat16 and has to imitate it: float32 trains faster here")
+    return lines
+
+
+def is_own(checkpoint: str, processes: Processes) -> bool:
+    """Whether this run, before it was restarted, has written the checkpoint."""
+    try:
+        return load_checkpoint(checkpoint).run.get("launcher") == processes.launcher
+    except (OSError, ValueError):
+        return False
+
+
+def what_is_kept(checkpoint: str) -> str:
+    """A sentence about the file that a run has left."""
+    try:
+        opt_state = load_checkpoint(checkpoint).opt_state
+        return f"{checkpoint} has the model after {opt_state.step if opt_state else 0} steps"
+    except (OSError, ValueError):
+        return "Nothing was saved"
 
 
 def main() -> int:
     """The exit status of `python train.py`."""
     tune_allocator()
-    args = build_parser().parse_args()
-    device, rank, local_rank, world_size = join_processes(sample.pick_device(args.device))
-    source, loaded = args.checkpoint if args.resume else args.weights, None
-    my_turn = 0 if rank == 0 else 1 if local_rank == 0 else 2  # the first on each machine downloads, the others find it
-    for turn in range(3):
-        if source and turn == my_turn:
-            loaded = sample.load_model(source, args)
-        reduce([torch.zeros(1, device=device)], dist.ReduceOp.SUM)  # a barrier: all wait for those whose turn it is
-    settings, config = settle(sys.argv[1:], loaded, source)
-    if settings.batch_size % world_size:
-        raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {world_size} processes")
-
-    tokenizer = sample.gpt2_tokenizer()
-    windows = read_windows(settings, tokenizer)
-    data_hash = hashlib.sha256(b"".join(part.tobytes() for part in windows)).hexdigest()
-    generator = torch.Generator().manual_seed(settings.seed)
-    params, _, opt_state, run = loaded or (init_params(config, generator), config, None, {})
-    done = int(opt_state["out_head.weight"]["step"]) if opt_state else 0
-    progress = Progress(data_hash, generator.get_state(), done)._replace(**run.get("progress", {}))
-    generator.set_state(progress.generator_state)
-    if progress.data_hash != data_hash:
-        raise ValueError(f"{source} was made with other data than {' '.join(settings.data)}")
-    mark = int(hashlib.sha256(repr((config, progress.step, data_hash)).encode()).hexdigest()[:15], 16)
-    if reduce([torch.tensor([mark, -mark], device=device)], dist.ReduceOp.MAX)[0].sum():  # the largest - the smallest
-        raise ValueError("the processes do not have the same checkpoint and data")
+    typed = vars(build_parser().parse_args())
+    for name in {"checkpoint", "best", "plot"} & typed.keys():
+        typed[name] = str(Path(typed[name]))  # without a slash at its end
+    files = Files(**{each.name: typed.pop(each.name) for each in fields(Files) if each.name in typed})
+    device, processes = join_processes(sample.pick_device(files.device))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    if restarted and processes.gather(is_own(files.checkpoint, processes))[0]:
+        files = replace(files, resume=True, weights=None)
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
-        print(f"on {device}: the chapter's figures are a CPU's, those printed here will differ", file=sys.stderr)
-
-    if not settings.epochs:
-        params = cast(params, getattr(torch, settings.dtype), device)
-        losses = evaluate_model(params, *windows, settings.batch_size, config, generator)
-        if rank == 0:
+    run, state = prepare(files, typed, device, processes)
+    leader = processes.rank == 0
+    if leader:
+        say(*start_lines(run, state))
+    if not run.settings.epochs:
+        losses = evaluate_model(state.params, run, torch.Generator().manual_seed(run.settings.seed))
+        if leader:
             print("Training loss {:.5f}, validation loss {:.5f}".format(*losses))
+            perplexities = torch.tensor(losses, dtype=torch.float64).exp().tolist()
+            print("Training perplexity {:.2f}, validation perplexity {:.2f}".format(*perplexities))
         return 0
-    steps_per_epoch = len(windows.train) // settings.batch_size
-    total = settings.epochs * steps_per_epoch
-    if rank == 0:
-        if progress.step >= total:
-            print(f"{source} has done its {settings.epochs} epochs: give more with --epochs", file=sys.stderr)
-        check_outputs(Path(args.checkpoint), Path(args.plot), settings, params)
-        if "progress" not in run and os.path.exists(args.checkpoint):  # it is not the beginning of this run
-            keep_old(args.checkpoint)
-
-    params = cast(params, torch.float32, device)
-    opt_state = opt_state or init_optimizer(params)
-    opt_state = {name: cast(state, torch.float32, device) for name, state in opt_state.items()}
-    signals = catch_signals()
-    progress = train(params, opt_state, config, progress, windows, tokenizer, generator, settings, args.checkpoint,
-                     signals, rank, world_size)
-    if rank == 0 and progress.evaluations:
-        tokens_per_epoch = steps_per_epoch * settings.batch_size * settings.context_length
-        plot_losses(progress.evaluations, tokens_per_epoch, args.plot)
-    if rank == 0 and progress.step < total:
-        options = shlex.join(["--checkpoint", args.checkpoint] + ["--plot", args.plot] * (args.plot != "loss.png"))
-        print(f"stopped after step {progress.step - 1}: `python train.py --resume {options}` goes on", file=sys.stderr)
+    with caught_signals() as signals:
+        try:
+            train(run, state, files.checkpoint, signals)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}: perhaps the learning rate is too high. "
+                                     f"{what_is_kept(files.checkpoint)}") from None
     return 128 + signals[0] if signals else 0
 
 
