@@ -303,7 +303,9 @@ def main() -> int:
     say(*loaded.notes)
     params = cast(loaded.params, getattr(torch, options.dtype), device)
     tokenizer = gpt2_tokenizer()
-    prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n") if sys.stdin else ""
     token_ids = text_to_token_ids(prompt, tokenizer).to(device).expand(options.num_samples, -1)
     start = time.perf_counter()
     tokens = stream(params, token_ids, loaded.config, options.max_new_tokens, options.temperature, options.top_k,
@@ -325,8 +327,9 @@ def write_samples(prompt: str, tokens: Iterator[Tensor], num_samples: int, token
             columns.append(token)
             if num_samples == 1:
                 print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
-        for row in torch.cat(columns, dim=1) if num_samples > 1 and columns else ():
-            print(prompt + token_ids_to_text(row, tokenizer).split(END_OF_TEXT)[0], end="\n\n")
+        for i in range(num_samples if num_samples > 1 else 0):
+            text = tokenizer.decode([int(column[i]) for column in columns])
+            print(prompt + text.split(END_OF_TEXT)[0], end="\n\n")
     finally:  # also when it fails or is interrupted, so that a message begins a line
         if num_samples == 1:
             print(decoder.decode(b"", final=True), flush=True)

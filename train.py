@@ -277,7 +277,7 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     leaves = map_params(lambda tensor: tensor.detach().requires_grad_(), params)  # in the same memory as the parameters
     loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config, generator)
     if not loss.isfinite():
-        raise FloatingPointError(f"the loss of step {opt_state.step} is {loss.item()}")
+        raise FloatingPointError(f"the loss is {loss.item()}")
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, distinct(leaves))]
     if adjust is not None:
         gradients = adjust(gradients)
@@ -490,14 +490,14 @@ def train(run: Run, state: State, checkpoint: str | None = None, signals: Sequen
                         save_state(run, state, checkpoint)
                     if run.settings.best and is_best(run, state):
                         save_state(run, state, run.settings.best)
-    except FloatingPointError:
-        raise
+        if leader and checkpoint:
+            finish(run, state, checkpoint)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"after {state.opt_state.step} steps {error}") from None
     except Exception:
         if leader and checkpoint:
             finish(run, state, checkpoint)
         raise
-    if leader and checkpoint:
-        finish(run, state, checkpoint)
     return state
 
 
@@ -529,7 +529,7 @@ def save_state(run: Run, state: State, path: str) -> None:
     """Saves the state, and draws its losses. A model that computes nan is not saved: FloatingPointError."""
     loss = mean_loss(state.params, run.config, run.val_windows, [torch.tensor([0])])
     if not all(map(math.isfinite, [loss, *(tensor.sum().item() for tensor in distinct(state.params))])):
-        raise FloatingPointError(f"the model computes nan after {state.opt_state.step} steps")
+        raise FloatingPointError("the model computes nan")
     save_checkpoint(path, to_checkpoint(run, state))
     if state.evaluations:
         try:
@@ -672,10 +672,12 @@ def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None)
     typed_model = {name: value for name, value in typed.items() if name in names}
     model = asdict(loaded.config if loaded else GPT_CONFIG_124M)
     saved = loaded.run.get("settings", {}) if loaded else {}
+    if not isinstance(saved, dict):
+        raise ValueError(f"{origin}: its settings are damaged")
     fixed = {name: model[name] for name in ("emb_dim", "n_heads", "n_layers", "qkv_bias") if loaded}
     fixed |= {name: saved[name] for name in ("batch_size", "context_length", "seed", "train_ratio") if name in saved}
     for name, value in fixed.items():
-        if typed.get(name, value) != value:
+        if name in typed and typed[name] != value:
             raise ValueError(f"{sample.flag(name)} {typed[name]} contradicts {origin}: {value} there")
     Settings(**typed_settings)  # first alone: a mistake that was typed is not one of the file
     ModelOptions(**typed_model)
