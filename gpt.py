@@ -112,8 +112,7 @@ def distinct(params: Params) -> list[Tensor]:
 
 def compute_in(params: Params, dtype: torch.dtype) -> Params:
     """The parameters to compute with in another type: the EMBEDDINGS keep theirs, all others are cast."""
-    lower = cast(params, dtype)
-    return {name: tensor if name in EMBEDDINGS else lower[name] for name, tensor in params.items()}
+    return {name: tensor if name in EMBEDDINGS else tensor.to(dtype) for name, tensor in params.items()}
 
 
 def cast(params: Params, dtype: torch.dtype, device: torch.device | str | None = None) -> Params:

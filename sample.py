@@ -19,6 +19,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # Threads that wait for another one spin. Where other programs want the processor too, the one that they wait for
+    # may not be running, so they must not spin for long. OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str

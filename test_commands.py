@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import sample
 import train
-from conftest import HERE, LONG, LONG_TESTS, ROUNDING, STORY, same, seeded
+from conftest import HERE, LONG, ROUNDING, STORY, same, seeded
 from gpt import Config, init_params
 from weights import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -568,8 +568,9 @@ def kill_rank(launcher, rank):
     os.kill(next(child for child in ranks if b"\0RANK=%d\0" % rank in ranks[child]), signal.SIGKILL)
 
 
+@LONG
 @LINUX
-@pytest.mark.parametrize("rank", [0, 1] if LONG_TESTS else [1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_others_in_one_line_and_the_run_goes_on(tmp_path, rank):
     line = f"train.py {SMALL} --epochs 2000 --eval-freq 1 --save-every 1"
     with started(tmp_path, line, *TORCHRUN, **TOGETHER) as launcher:

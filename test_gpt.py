@@ -164,6 +164,7 @@ def test_the_verdict_has_20479_characters_and_5145_tokens(verdict, tokenizer):
     assert len(train.tokenize(verdict, tokenizer)) == 5145
 
 
+@LONG  # a quick test runs exercise 5.5, which prints them
 def test_the_losses_of_the_untrained_model_are_the_chapters(untrained, run):
     assert len(train.draw_batches(len(run.train_windows), 2, seeded(), shuffle=True)) == 9
     assert len(train.draw_batches(len(run.val_windows), 2, seeded(), shuffle=False)) == 1

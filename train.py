@@ -34,6 +34,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    # Threads that wait for another one spin. Where other programs want the processor too, the one that they wait for
+    # may not be running, so they must not spin for long. OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import tiktoken
 import torch
