@@ -611,12 +611,13 @@ def test_a_run_of_two_processes_is_bitwise_repeatable(tmp_path):
 
 @LONG
 @POSIX
-def test_a_network_that_is_not_there_costs_a_line_from_each_process(tmp_path):
+def test_a_network_that_is_not_there_costs_a_process_one_line(tmp_path):
     absent = dict(env=os.environ | {"GLOO_SOCKET_IFNAME": "absent"})
     with started(tmp_path, f"train.py {SMALL}", *TORCHRUN, **absent) as launcher:
         out, err = launcher.communicate(timeout=TIMEOUT)
     ours = [line for line in err.decode().splitlines() if line.startswith("train.py: ")]
-    assert launcher.returncode != 0 and out == b"" and len(ours) == 2
+    assert launcher.returncode != 0 and out == b""
+    assert len(ours) in (1, 2)  # when one has ended, torchrun ends the other, which may not have come to its line
     assert all(line.startswith("train.py: error: the processes can't meet: ") for line in ours)
     assert f'File "{HERE}' not in err.decode() and not list(tmp_path.iterdir())  # torchrun adds a traceback of its own
 

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -120,18 +121,18 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
     A symbolic link stays one: the file that it points to is replaced. The permissions of a file that is there are kept.
     """
     target = Path(os.path.realpath(path))
-    partial = Path(f"{target}.partial")
+    unfinished = Path(f"{target}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         with suppress(OSError):  # there is none yet, or this file system has no permissions
-            os.chmod(partial, target.stat().st_mode)
-        os.replace(partial, target)
+            os.chmod(unfinished, target.stat().st_mode)
+        os.replace(unfinished, target)
     except BaseException as error:
         with suppress(OSError):
-            partial.unlink()
+            unfinished.unlink()
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the disk said
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -206,27 +207,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """What torch.save or safetensors wrote into a file; errors as in `load_checkpoint`."""
     with open(path, "rb") as file:
         start = file.read(9)
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    content: dict[str, Any]
     try:
         if start[8:] == b"{":
             from safetensors.torch import load_file
             return load_file(path)
-        if start[:2] == b"PK" and not zipfile.is_zipfile(path):  # its end is missing
-            raise ValueError
-        if start[:2] != b"PK":  # what torch.save wrote before 2020, or no torch file at all
-            content = torch.load(path, **options)
-            return content
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if archive.testzip() is not None:
-                raise ValueError
-        try:
-            content = torch.load(path, mmap=True, **options)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, **options)  # a file system, or a limit on memory, that allows no mapping
-        return content
+        return read_torch(path, zipped=start[:2] == b"PK")
     except (OSError, MemoryError):
         raise
     except ImportError as error:
@@ -239,6 +224,25 @@ def read_tensors(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is not a checkpoint, or it is damaged: nothing was loaded from it") from None
         raise ValueError(f"{path} holds a Python object besides tensors, {unknown[1]}, that could run code, so it is "
                          "not loaded: save the model's state_dict() alone") from None
+
+
+def read_torch(path: Path, zipped: bool) -> dict[str, Any]:
+    """What torch.save wrote, without running anything in it; before 2020 it was no zip file."""
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    content: dict[str, Any]
+    if not zipped:
+        content = load()
+        return content
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+    try:
+        content = load(mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        content = load()  # a file system, or a limit on memory, that allows no mapping
+    return content
 
 
 def plain_name(name: str) -> str:
@@ -500,14 +504,16 @@ def reason_of(error: requests.RequestException) -> str:
 
 def download(url: str, path: Path) -> None:
     """Fetches a file, in one attempt; it takes its name when it is whole. requests.RequestException if it is not."""
-    partial = Path(f"{path}.partial")
-    start = max(0, partial.stat().st_size - 1) if partial.exists() else 0  # once more the last byte: it is surely there
+    unfinished = Path(f"{path}.partial")
+    start = 0
+    if unfinished.exists():  # its last byte is fetched again, because that one surely is there
+        start = max(0, unfinished.stat().st_size - 1)
     headers = {"Accept-Encoding": "identity", "x-ms-version": "2019-12-12"}  # the version: else no ranges
     if start:
         headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         if response.status_code == 416:  # what we have is longer than the server's file
-            partial.unlink()
+            unfinished.unlink()
         response.raise_for_status()
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise requests.RequestException("a web page came in place of the file")
@@ -515,15 +521,15 @@ def download(url: str, path: Path) -> None:
         length = response.headers.get("Content-Length")
         # Content-MD5 is that of what is sent, so it is the file's only if the whole file is sent.
         md5 = response.headers.get("x-ms-blob-content-md5") if start else response.headers.get("Content-MD5")
-        with open(partial, "r+b" if start else "wb") as file, tqdm(
+        with open(unfinished, "r+b" if start else "wb") as file, tqdm(
                 desc=path.name, initial=start, total=start + int(length) if length else None, unit="B",
                 unit_scale=True, disable=None) as bar:
             file.seek(start)
             # A chunk is all that a broken connection can lose; less than Content-Length is an error of urllib3's.
             for chunk in response.iter_content(chunk_size=2**13):
                 bar.update(file.write(chunk))
-    with open(partial, "rb") as file:
+    with open(unfinished, "rb") as file:
         if md5 and base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode() != md5:
-            partial.unlink()  # a wrong beginning can't be mended: the next attempt starts anew
+            unfinished.unlink()  # a wrong beginning can't be mended: the next attempt starts anew
             raise requests.RequestException("what came is not what the server announced")
-    os.replace(partial, path)
+    os.replace(unfinished, path)
