@@ -602,16 +602,7 @@ def join_processes(device: torch.device) -> tuple[torch.device, Processes]:
     device = sample.pick_device(f"cuda:{local_rank}" if device.type == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    patience = timedelta(days=1)  # the others may wait for a download
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
-        # After a restart the addresses of the processes before are still in the store: each attempt has its own part.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=patience)
-    except RuntimeError as error:
-        raise ConnectionError(f"the processes can't meet: {error}") from None
+    meet(rank, size, "nccl" if device.type == "cuda" else "gloo")
 
     def gather(value: Any) -> list[Any]:
         everyone = [None] * size
@@ -625,6 +616,19 @@ def join_processes(device: torch.device) -> tuple[torch.device, Processes]:
                 work.wait()
         return [gradient.div_(size) for gradient in gradients]
     return device, Processes(rank, size, gather, average, launcher)
+
+
+def meet(rank: int, size: int, backend: str) -> None:
+    """Connects the processes; ConnectionError if that fails."""
+    patience = timedelta(days=1)  # the others may wait for a download
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
+        # After a restart the addresses of the processes before are still in the store: each attempt has its own part.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes can't meet: {error}") from None
 
 
 @contextmanager
