@@ -5,6 +5,7 @@ What is read is checked before it is returned, and nothing in a file is ever run
 import base64
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -441,7 +442,9 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
         raise ValueError(f"{folder / 'hparams.json'} is damaged ({error}): delete it to download it again") from None
     try:
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-        arrays = ((name, reader.get_tensor(name)) for name in reader.get_variable_to_shape_map())  # one at a time
+        sizes = {name: math.prod(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+        # One at a time, and the largest first: while it is read, memory holds it twice.
+        arrays = ((name, reader.get_tensor(name)) for name in sorted(sizes, key=lambda name: -sizes[name]))
         params = from_gpt2((huggingface_name(name), torch.from_numpy(array[0] if array.ndim == 3 else array))
                            for name, array in arrays)  # a weight is (1, in, out)
     except Exception as error:  # tensorflow's errors have no common class
