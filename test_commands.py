@@ -780,6 +780,7 @@ MISTAKES = [
     ("train.py --resume --checkpoint generator.pth", "generator.pth: the state of the run in it is damaged"),
     ("train.py --resume --checkpoint evaluations.pth", "evaluations.pth: the state of the run in it is damaged"),
     ("train.py --resume --checkpoint hash.pth", "hash.pth"),
+    ("train.py --resume --checkpoint moments.pth --epochs 3", "moments.pth: the state of the run in it is damaged"),
     ("train.py --resume --checkpoint cut.pth", "cut.pth is not a checkpoint, or it is damaged"),
     ("train.py --checkpoint run.pth", "run.pth is there: --resume goes on with it, --overwrite replaces it"),
     ("train.py --best run.pth", "run.pth is there", "another name"),
@@ -845,20 +846,22 @@ def litter(trained, tmp_path_factory):
                 "story.txt": STORY.read_bytes(), "run.pth": whole, "cut.pth": whole[:-1000]}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    checkpoint = load_checkpoint(trained / "model.pth")
-    settings = checkpoint.run["settings"]
+    content = torch.load(trained / "model.pth", weights_only=True)
+    saved, settings = content["run"], content["run"]["settings"]
     damage = {"gone": dict(settings=settings | {"data": ("gone.txt",)}),
               "never": dict(settings=settings | {"eval_freq": 0}),
               "fast": dict(settings=settings | {"lr": "fast"}),
               "unknown": dict(settings=settings | {"momentum": 0.9}),
               "list": dict(settings=[1, 2]),
               "ratio": dict(settings=settings | {"train_ratio": math.nan}),
-              "order": dict(order=checkpoint.run["order"] + 60),
+              "order": dict(order=saved["order"] + 60),
               "generator": dict(generator_state=torch.zeros(3)),
               "evaluations": dict(evaluations=[("a", "b")]),
               "hash": dict(text_hash=torch.zeros(3))}
     for name, values in damage.items():
-        save_checkpoint(folder / f"{name}.pth", checkpoint._replace(opt_state=None, run=checkpoint.run | values))
+        torch.save(content | {"run": saved | values}, folder / f"{name}.pth")
+    del content["optimizer_state_dict"]
+    torch.save(content, folder / "moments.pth")
     tiny = Config(100, 64, 8, 2, 1, 0.1, False)
     save_checkpoint(folder / "small-vocabulary.pth", Checkpoint(init_params(tiny, seeded()), tiny))
     return folder

@@ -352,6 +352,8 @@ def restore(run: Run, state: State, saved: dict[str, Any]) -> State:
                     run.train_windows):
                 raise ValueError
         loss = None if saved["loss"] is None else float(saved["loss"])
+        if loss is not None and state.opt_state.step == 0:  # a step was done, but the optimizer's state is missing
+            raise ValueError
         return State(state.params, state.opt_state, generator.get_state(), order, evaluations, loss)
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
         raise ValueError("the state of the run in it is damaged") from None
