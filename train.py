@@ -679,6 +679,11 @@ def build_parser() -> argparse.ArgumentParser:
                              {"the run": Settings, "files and device": Files, "the model": ModelOptions})
 
 
+def saved_settings(loaded: Checkpoint | None) -> Any:
+    """The settings of the run that was loaded, unchecked; an empty dict if there are none."""
+    return loaded.run.get("settings", {}) if loaded else {}
+
+
 def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None) -> tuple[Settings, Config]:
     """Settings and configuration: what was typed lies over what was loaded, and that over the chapter's defaults.
 
@@ -688,7 +693,7 @@ def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None)
     typed_settings = {name: value for name, value in typed.items() if name not in names}
     typed_model = {name: value for name, value in typed.items() if name in names}
     model = asdict(loaded.config if loaded else GPT_CONFIG_124M)
-    saved = loaded.run.get("settings", {}) if loaded else {}
+    saved = saved_settings(loaded)
     if not isinstance(saved, dict):
         raise ValueError(f"{origin}: its settings are damaged")
     fixed = {name: model[name] for name in ("emb_dim", "n_heads", "n_layers", "qkv_bias") if loaded}
@@ -742,8 +747,8 @@ def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes
     if settings.batch_size % processes.size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {processes.size} processes")
     if processes.rank == 0 and settings.epochs:
-        saved = loaded.run.get("settings", {}) if loaded else {}
-        check_outputs(files, settings, own=(files.checkpoint, saved.get("best")) if files.resume else ())
+        own = (files.checkpoint, saved_settings(loaded).get("best")) if files.resume else ()
+        check_outputs(files, settings, own)
     try:
         text = read_text(settings.data)
     except FileNotFoundError as error:

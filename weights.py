@@ -25,7 +25,7 @@ from requests.exceptions import ChunkedEncodingError, SSLError
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt import EMBEDDINGS, GPT_CONFIG_124M, Config, Params, distinct, param_shapes
+from gpt import EMBEDDINGS, GPT_CONFIG_124M, QUERY_KEY_VALUE, Config, Params, distinct, param_shapes
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
@@ -395,7 +395,7 @@ def from_gpt2(given: Iterable[tuple[str, Tensor]]) -> Params:
         if name.startswith("trf_blocks") and value.ndim == 2:
             value = value.T  # (out, in)
         if "attn.c_attn." in name:  # (3 E, E) or, of a bias, (3 E,): query, key and value one below the other
-            for part, third in zip(("W_query", "W_key", "W_value"), value.tensor_split(3), strict=True):
+            for part, third in zip(QUERY_KEY_VALUE, value.tensor_split(3), strict=True):
                 params[name.replace("attn.c_attn.", f"att.{part}.")] = third.contiguous()
         else:
             params[name] = value.contiguous()
