@@ -125,12 +125,10 @@ def cast(params: Params, dtype: torch.dtype, device: torch.device | str | None =
 def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
     """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if there is one: (B, T, fan_out).
 
-    Nearly all of the time goes into this product. It is F.linear, computed by the library that is the fastest for it.
+    Nearly all of the time goes into this product. It is F.linear, computed in the way that is the fastest for it.
     """
-    weight, bias = params[f"{prefix}.weight"], params.get(f"{prefix}.bias")
-    if weight.is_mkldnn or onednn_is_faster(x):  # mkldnn is an old name of oneDNN; `pack` makes such weights
-        return onednn_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    weight = params[f"{prefix}.weight"]
+    return fastest_product(x, weight)(x, weight, params.get(f"{prefix}.bias"))
 
 
 def query_key_value(x: Tensor, params: Params, prefix: str) -> tuple[Tensor, ...]:
@@ -274,19 +272,36 @@ def extend(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> t
 
 
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not in every build of PyTorch
+PROCESSOR = torch.cpu.get_capabilities()
+INTEL = str(PROCESSOR.get("cpu_name")).startswith("Intel")
+AMX = bool(PROCESSOR.get("amx_bf16"))  # Intel's units for whole matrices
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def onednn_is_faster(x: Tensor) -> bool:
-    """Whether oneDNN, a library within PyTorch, multiplies x (B, T, fan_in) faster than PyTorch's own choice.
+def fastest_product(x: Tensor, weight: Tensor) -> Product:
+    """F.linear, or what does the same to x (B, T, fan_in) and this weight and is faster, as it was measured.
 
-    For float32 PyTorch chooses MKL. Measured on processors of AMD and Intel: oneDNN is faster for one token at a time,
-    and with AVX-512 for many tokens. For 2 to 15 tokens there is little between them, and the last digits of section
-    5.1.2 are MKL's. torch.compile is left its own choice.
+    For float32 PyTorch takes MKL, which is Intel's and the fastest on Intel's processors. On AMD's, oneDNN, which is
+    within PyTorch too, is faster for one token at a time, and with AVX-512 for many. For 2 to 15 tokens there is little
+    between them, and the last digits of section 5.1.2 are MKL's. For one row in bfloat16, AMX fills tiles in vain.
     """
-    if not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    capability, T = torch.backends.cpu.get_cpu_capability(), x.shape[1]
-    return (T == 1 and capability in ("AVX2", "AVX512")) or (T >= 16 and capability == "AVX512")
+    if weight.is_mkldnn:  # an old name of oneDNN; `pack` makes such weights
+        return onednn_linear
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # torch.compile is left its own choice
+        return F.linear
+    if x.dtype == torch.bfloat16 and AMX and x.numel() == x.shape[-1]:
+        return one_row
+    if x.dtype == torch.float32 and ONEDNN and not INTEL:
+        capability, T = torch.backends.cpu.get_cpu_capability(), x.shape[1]
+        if (T == 1 and capability in ("AVX2", "AVX512")) or (T >= 16 and capability == "AVX512"):
+            return onednn_linear
+    return F.linear
+
+
+def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias) of a single token, x (1, 1, fan_in), as a product of a matrix and a vector."""
+    row = weight.mv(x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+    return row.view(1, 1, -1)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -326,14 +341,14 @@ class OneDNNLinear(torch.autograd.Function):
                 gradient_rows.sum(0) if ctx.has_bias else None)
 
 
-onednn_with_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor] = OneDNNLinear.apply
+onednn_with_gradient: Product = OneDNNLinear.apply
 
 
 def pack(params: Params) -> Params:
     """The parameters as a CPU reads them faster, to generate with: 7 to 50 % a token, at the cost of a token or two.
 
-    Query, key and value of each block are joined to one layer. Where the processor has instructions for bfloat16, its
-    matrices get the layout in which oneDNN reads them twice as fast; for float32 that would cost more than it wins.
+    Query, key and value of each block are joined to one layer. Where the processor has instructions for bfloat16, but
+    no AMX, its matrices get the layout in which oneDNN reads them twice as fast; for float32 that would not pay.
     """
     if params["final_norm.scale"].device.type != "cpu":
         return params
@@ -341,7 +356,7 @@ def pack(params: Params) -> Params:
     for query in [name for name in params if ".W_query." in name]:
         parts = [packed.pop(query.replace("W_query", name)) for name in QUERY_KEY_VALUE]
         packed[query.replace("W_query", "W_query_key_value")] = torch.cat(parts)
-    if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if ONEDNN and not AMX and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         for name, tensor in packed.items():
             if tensor.dtype == torch.bfloat16 and tensor.ndim == 2 and name not in EMBEDDINGS and not tensor.is_mkldnn:
                 packed[name] = torch.ops.mkldnn._reorder_linear_weight(tensor, 1)  # for 1 token at a time

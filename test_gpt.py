@@ -40,7 +40,7 @@ TARGETS = torch.tensor([[3626, 6100, 345], [1107, 588, 11311]])  # " effort move
 GREEDY_SENTENCE = ('Every effort moves you know," was one of the axioms he laid down across the Sevres and silver '
                    "of an exquisitely appointed lun\n")
 SAMPLED_SENTENCE = "Every effort moves you stand to work on surprise, a one of us had gone with random-\n"
-# One token and many are multiplied by oneDNN where it is faster, a few always by PyTorch's own choice.
+# One token and many may be multiplied by oneDNN, a few always are by PyTorch's own choice.
 LENGTHS = [1, 7, 19, 40]
 SMALL = Config(vocab_size=61, context_length=48, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
 NEEDS_ONEDNN = pytest.mark.skipif(not gpt.ONEDNN, reason="this build of PyTorch has no oneDNN")
@@ -767,13 +767,13 @@ def onednn_linear(x, weight, bias=None):
     return gpt.onednn_linear(x, weight, bias)
 
 
-def is_as_exact_as_linear(function, tensors, roundings):
-    """Whether function(product, *tensors) with oneDNN's product is what it is with F.linear.
+def is_as_exact_as_linear(function, tensors, roundings, product=onednn_linear):
+    """Whether function(product, *tensors) is what it is with F.linear as the product.
 
     It must consist of sums of products of the tensors. Those of their absolute values give the bound.
     """
     wide = [tensor.double() for tensor in tensors]
-    return close(function(onednn_linear, *tensors), function(F.linear, *wide),
+    return close(function(product, *tensors), function(F.linear, *wide),
                  function(F.linear, *(tensor.abs() for tensor in wide)), roundings)
 
 
@@ -876,11 +876,21 @@ def test_onednns_product_has_its_gradients_also_within_inference_mode(argument):
 
 
 def test_two_to_fifteen_tokens_other_types_and_other_devices_are_left_to_pytorchs_choice():
+    weight = torch.zeros(3, 4)
     for length in range(1, 41):
         for dtype in DTYPES:
             if dtype != torch.float32 or 2 <= length <= 15:
-                assert not gpt.onednn_is_faster(torch.zeros(2, length, 4, dtype=dtype))
-    assert not gpt.onednn_is_faster(torch.zeros(2, 1, 4, device="meta"))
+                assert gpt.fastest_product(torch.zeros(2, length, 4, dtype=dtype), weight) is F.linear
+    assert gpt.fastest_product(torch.zeros(1, 1, 4, device="meta"), weight) is F.linear
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.booleans())
+def test_one_row_is_multiplied_as_a_linear_layer_does(fan_in, fan_out, with_bias):
+    def one_row(x, weight, bias=None):
+        return gpt.one_row(x, weight, bias)
+    shapes = shapes_of(1, 1, fan_in, fan_out, with_bias)
+    assert is_as_exact_as_linear(value, randoms(shapes), fan_in + 2, one_row)
+    assert is_as_exact_as_linear(first_derivatives, randoms(((1, 1, fan_out), *shapes)), fan_out + 1, one_row)
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
