@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 from gpt import Config
+from sample import pick_device
 
 HERE = Path(__file__).parent
 STORY = HERE / "the-verdict.txt"
@@ -14,6 +15,8 @@ TRAINING_LOG = (HERE / "docs" / "training-log.txt").read_text(encoding="utf-8") 
 LONG_TESTS = bool(os.environ.get("LONG_TESTS"))
 LONG = pytest.mark.skipif(not LONG_TESTS, reason="takes minutes: set LONG_TESTS=1")
 TINY = Config(vocab_size=31, context_length=12, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.3, qkv_bias=True)
+ACCELERATOR = pick_device("auto")
+NEEDS_ACCELERATOR = pytest.mark.skipif(ACCELERATOR.type == "cpu", reason="there is no accelerator here")
 ROUNDING = torch.finfo(torch.float32).eps  # relative: 1.2e-7
 
 # A busy machine is no failure, so there is no deadline. The quick tests try fewer examples.

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import sample
 import train
-from conftest import HERE, LONG, ROUNDING, STORY, same, seeded
+from conftest import ACCELERATOR, HERE, LONG, NEEDS_ACCELERATOR, ROUNDING, STORY, same, seeded
 from gpt import Config, init_params
 from weights import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -531,6 +531,22 @@ def test_ipython_runs_both_scripts(tmp_path):
                           timeout=TIMEOUT)
     assert done.stdout.startswith("Ep 1 (Step 000000)") and done.stdout.count("\nEvery effort moves you") == 2
     assert "sample.py: error: there is no absent.pth" in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+@NEEDS_ACCELERATOR
+def test_an_accelerator_is_used_where_there_is_one_and_its_file_goes_on_anywhere(tmp_path):
+    def outcome(line):
+        done = subprocess.run([sys.executable, *shlex.split(f"{HERE}/{line}")], cwd=tmp_path, timeout=TIMEOUT,
+                              capture_output=True, encoding="utf-8")
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done
+    first = outcome(f"train.py {SMALL} --epochs 1")
+    assert f"on {ACCELERATOR.type}" in first.stderr and "the chapter's figures are a CPU's" in first.stderr
+    assert "on cpu" in outcome("train.py --resume --epochs 2 --device cpu").stderr
+    outcome("train.py --resume --epochs 3 --dtype bfloat16")
+    assert steps(tmp_path / "model.pth") == 18
+    for options in ("", "--dtype bfloat16 --temperature 1 --top-k 5 --num-samples 3"):
+        assert outcome(f"sample.py {options}").stdout.startswith("Every effort moves you")
 
 
 # Many processes

@@ -16,7 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpt
 import train
-from conftest import HERE, LONG, ROUNDING, STORY, TINY, TRAINING_LOG, refused, same, seeded
+from conftest import (
+    ACCELERATOR,
+    HERE,
+    LONG,
+    NEEDS_ACCELERATOR,
+    ROUNDING,
+    STORY,
+    TINY,
+    TRAINING_LOG,
+    refused,
+    same,
+    seeded,
+)
 from gpt import (
     EMBEDDINGS,
     GPT_CONFIG_124M,
@@ -731,6 +743,31 @@ def test_the_second_derivative_is_the_change_of_the_gradient(length):
     assert near(second_derivative(params, direction, batch), exact, 100)
 
 
+# Another device
+
+@NEEDS_ACCELERATOR
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_an_accelerator_computes_the_logits_and_gradients_of_a_cpu(dtype, tolerance):
+    params, batch = init_params(SMALL, seeded()), examples(SMALL, 19)
+    there, batch_there = cast(params, dtype, ACCELERATOR), [ids.to(ACCELERATOR) for ids in batch]
+    torch.testing.assert_close(forward(there, batch_there[0], SMALL).cpu(), forward(params, batch[0], SMALL),
+                               atol=10 * tolerance, rtol=tolerance)
+    expected = gradients_of(params, *batch, SMALL)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in gradients_of(there, *batch_there, SMALL).items():
+        torch.testing.assert_close(gradient.cpu().float(), expected[name], atol=tolerance * largest, rtol=0)
+
+
+@NEEDS_ACCELERATOR
+def test_dropout_on_an_accelerator_draws_from_its_generator_alone():
+    def draw(seed):
+        return gpt.dropout(torch.ones(10000, device=ACCELERATOR), 0.1, torch.Generator(ACCELERATOR).manual_seed(seed))
+    values, counts = draw(1).unique(return_counts=True)
+    torch.testing.assert_close(values.cpu(), torch.tensor([0, 1 / 0.9]))
+    assert 850 < counts[0] < 1150  # 5 standard deviations
+    assert same(draw(1), draw(1)) and not same(draw(1), draw(2))
+
+
 # The products
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -882,6 +919,16 @@ def test_two_to_fifteen_tokens_other_types_and_other_devices_are_left_to_pytorch
             if dtype != torch.float32 or 2 <= length <= 15:
                 assert gpt.fastest_product(torch.zeros(2, length, 4, dtype=dtype), weight) is F.linear
     assert gpt.fastest_product(torch.zeros(1, 1, 4, device="meta"), weight) is F.linear
+
+
+@given(*SIZES)
+def test_a_padded_product_is_a_linear_layer(batch, tokens, fan_in, fan_out, with_bias):
+    def padded(x, weight, bias=None):
+        return gpt.padded(x, weight, bias)
+    shapes = shapes_of(batch, tokens, fan_in, fan_out, with_bias)
+    assert is_as_exact_as_linear(value, randoms(shapes), fan_in + 2, padded)
+    slopes = randoms(((batch, tokens, fan_out), *shapes))
+    assert is_as_exact_as_linear(first_derivatives, slopes, batch * tokens + fan_out, padded)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.booleans())

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import refused, seeded
+from conftest import ACCELERATOR, NEEDS_ACCELERATOR, refused, seeded
 from gpt import Config, cast, forward, init_params
 from sample import generate, keep_top_k, next_token, softmax_with_temperature, stream
 from train import init_optimizer, train_step
@@ -244,3 +244,15 @@ def test_what_was_generated_can_be_trained_on():
     params = init_params(CONFIG, seeded())
     ids = generate(params, torch.tensor([[1, 2]]), CONFIG, 6)
     train_step(params, init_optimizer(params), ids[:, :-1], ids[:, 1:], CONFIG)
+
+
+@NEEDS_ACCELERATOR
+def test_an_accelerator_generates_what_a_cpu_does_and_draws_from_its_generator_alone():
+    config = Config(31, context_length=12, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
+    params, prompt = init_params(config, seeded()), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    there, prompt_there = cast(params, torch.float32, ACCELERATOR), prompt.to(ACCELERATOR)
+    expected = generate(params, prompt, config, 20)  # also past the window
+    assert torch.equal(generate(there, prompt_there, config, 20).cpu(), expected)
+    drawn = [generate(there, prompt_there, config, 20, 1.0, 5, generator=torch.Generator(ACCELERATOR).manual_seed(seed))
+             for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

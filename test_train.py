@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import HERE, ROUNDING, STORY, TINY, refused, same, seeded
+from conftest import ACCELERATOR, HERE, NEEDS_ACCELERATOR, ROUNDING, STORY, TINY, refused, same, seeded
 from gpt import Config, calc_loss, distinct, init_params
 from sample import flag, generate, gpt2_tokenizer
 from train import (
@@ -1089,6 +1089,25 @@ def test_the_picture_has_the_format_that_its_name_tells(tmp_path, suffix, start)
     assert path.read_bytes().startswith(start) and list(tmp_path.iterdir()) == [path]
 
 
+# Another device
+
+@NEEDS_ACCELERATOR
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("config", [TINY, WITHOUT_DROPOUT])
+def test_a_run_on_an_accelerator_goes_on_from_its_file_as_if_nothing_had_happened(tmp_path, config, dtype, tolerance):
+    run = small_run(config, dtype=dtype)
+    whole = advance(run, start_state(run, device=ACCELERATOR))
+    save_checkpoint(tmp_path / "half.pth", to_checkpoint(run, advance(run, start_state(run, device=ACCELERATOR), 7)))
+    loaded = load_checkpoint(tmp_path / "half.pth")
+    resumed = advance(run, start_state(run, loaded, ACCELERATOR))
+    assert all(tensor.device.type == ACCELERATOR.type for tensor in resumed.params.values())
+    losses = [torch.tensor(state.evaluations) for state in (resumed, whole)]
+    torch.testing.assert_close(*losses, atol=0, rtol=tolerance)
+    if config is WITHOUT_DROPOUT:  # the dropout of a CPU is another
+        on_cpu = torch.tensor(advance(run, start_state(run, loaded)).evaluations)
+        torch.testing.assert_close(losses[0], on_cpu, atol=0, rtol=tolerance)
+
+
 # A notebook
 
 def test_a_run_of_a_few_lines_of_python_is_resumed_by_the_command_line(tmp_path, monkeypatch, capsys):
@@ -1101,8 +1120,8 @@ def test_a_run_of_a_few_lines_of_python_is_resumed_by_the_command_line(tmp_path,
 
     first = capsys.readouterr().out.splitlines()
     assert first[0].startswith("Ep 1 (Step 000000)") and first[-1].startswith("Every effort moves you")
-    further = subprocess.run([sys.executable, HERE / "train.py", "--resume", "--epochs", "2"], timeout=120,
-                             capture_output=True, text=True, encoding="utf-8")
+    further = subprocess.run([sys.executable, HERE / "train.py", "--resume", "--epochs", "2", "--device", "cpu"],
+                             timeout=120, capture_output=True, text=True, encoding="utf-8")
     assert further.returncode == 0, further.stderr
     train(make_run(read_text(settings.data), config, replace(settings, epochs=2)), state)
     assert further.stdout == capsys.readouterr().out != ""

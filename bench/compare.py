@@ -16,6 +16,11 @@
     corpus   reading and tokenizing a text of 100 MB, and the process's peak memory
     run      the whole of section 5.2, from the start of the process to its end, and its peak memory
 
+and on a CUDA device:
+
+    gpu-step   a training step of 16 x 1024 tokens, the matrices in bfloat16, with the chapter's dropout and without
+    gpu-token  a token of one sequence, as in `decode`
+
 The peers come from the package registry. All models have random weights: nothing else is downloaded.
 
     pip install --no-deps llms-from-scratch==1.0.19
@@ -32,7 +37,6 @@ Every contestant runs in a process of its own, in turn (A B C, A B C, ...), on t
 machine's speed hits all alike. Read the ratios rather than the times. Nothing else should run on the machine meanwhile.
 """
 import argparse
-import importlib
 import json
 import math
 import os
@@ -88,17 +92,32 @@ def training_step(name: str) -> Figures:
     return {"s": repeated(peer_step(name), 2, 5)}
 
 
-def our_step(config: Any, dtype: str = "float32") -> Work:
+def gpu_step(name: str) -> Figures:
+    """Seconds for a training step of 16 x 1024 tokens on a GPU."""
+    import torch
+
+    import gpt
+    torch.set_float32_matmul_precision("high")  # as train.py does
+    drop_rate = 0.0 if name.endswith("no-dropout") else 0.1
+    if name.startswith("ours"):
+        config = replace(gpt.GPT_CONFIG_124M, context_length=1024, drop_rate=drop_rate)
+        work = our_step(config, "bfloat16", 16, "cuda")
+    else:
+        work = peer_step(name.partition("-")[0] + "-fast-fused-bf16", (16, 1024), drop_rate, "cuda")
+    return {"s": repeated(work, 3, 10), "GB": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def our_step(config: Any, dtype: str = "float32", batch_size: int = 2, device: str = "cpu") -> Work:
     """This project's training step."""
     import torch
 
     import gpt
     import train
     train.tune_allocator()
-    generator = torch.Generator().manual_seed(123)
-    params = gpt.init_params(config, generator)
+    params = gpt.cast(gpt.init_params(config, torch.Generator().manual_seed(123)), torch.float32, device)
+    generator = torch.Generator(device).manual_seed(123)
     opt_state = train.init_optimizer(params)
-    tokens = random_tokens(2, 257)
+    tokens = random_tokens(batch_size, config.context_length + 1).to(device)
 
     def step() -> None:
         nonlocal params, opt_state
@@ -108,27 +127,29 @@ def our_step(config: Any, dtype: str = "float32") -> Work:
     return step
 
 
-def peer_step(name: str) -> Work:
-    """The training step of the chapter's package or of transformers."""
+def peer_step(name: str, shape: tuple[int, int] = (2, 256), drop_rate: float = 0.1, device: str = "cpu") -> Work:
+    """The training step of the chapter's package or of transformers, over (B, T) tokens."""
     import torch
     import torch.nn.functional as F
     torch.manual_seed(0)
-    tokens = random_tokens(2, 257)
+    batch_size, length = shape
+    tokens = random_tokens(batch_size, length + 1).to(device)
     x, y = tokens[:, :-1], tokens[:, 1:]
     if name.startswith("book"):
-        model = book_model(fast="fast" in name)
+        model = book_model(fast="fast" in name, context_length=length, drop_rate=drop_rate).to(device)
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
-        model = GPT2LMHeadModel(GPT2Config(n_positions=256)).train()
+        config = GPT2Config(n_positions=length, resid_pdrop=drop_rate, embd_pdrop=drop_rate, attn_pdrop=drop_rate)
+        model = GPT2LMHeadModel(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused="fused" in name)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=name.endswith("bf16")):
+        with torch.autocast(device, torch.bfloat16, enabled=name.endswith("bf16")):
             if name.startswith("book"):
                 loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
             else:
-                loss = model(input_ids=x, labels=y).loss
+                loss = model(input_ids=x, labels=x).loss  # it shifts them itself
         loss.backward()
         optimizer.step()
         loss.item()
@@ -188,9 +209,12 @@ def our_model(**changes: Any) -> tuple[Any, Any]:
     return gpt.init_params(config, torch.Generator().manual_seed(0)), config
 
 
-def decode(name: str) -> Figures:
+def decode(name: str, device: str = "cpu") -> Figures:
     """Seconds for a new token of one sequence, drawn with top-k 50."""
     library, _, precision = name.partition("-")
+    if device != "cpu":
+        work = {"ours": decode_ours, "hf": decode_hf}[library](precision, device)
+        return {"s": repeated(work, 2, 5) / NEW}
     works = {"ours": decode_ours, "book": decode_book, "hf": decode_hf, "ct2": decode_ctranslate2,
              "openvino": decode_openvino, "read": read_weights}
     work = works[library](precision)
@@ -199,15 +223,15 @@ def decode(name: str) -> Figures:
         return {"s": repeated(work, 1, 2) / NEW}
 
 
-def decode_ours(precision: str) -> Work:
+def decode_ours(precision: str, device: str = "cpu") -> Work:
     import torch
 
     import gpt
     import sample
     params, config = our_model()
-    params = gpt.cast(params, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    generator = torch.Generator().manual_seed(1)
-    return partial(sample.generate, params, random_tokens(1, PROMPT), config, NEW, temperature=1.0, top_k=50,
+    params = gpt.cast(params, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], device)
+    generator = torch.Generator(device).manual_seed(1)
+    return partial(sample.generate, params, random_tokens(1, PROMPT).to(device), config, NEW, temperature=1.0, top_k=50,
                    generator=generator)
 
 
@@ -225,12 +249,13 @@ def hf_model() -> Any:
 
 def hf_generate(model: Any) -> Work:
     """The generation of transformers, which drives OpenVINO's model too."""
-    return partial(model.generate, random_tokens(1, PROMPT), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True,
-                   top_k=50, pad_token_id=0)
+    return partial(model.generate, random_tokens(1, PROMPT).to(model.device), max_new_tokens=NEW, min_new_tokens=NEW,
+                   do_sample=True, top_k=50, pad_token_id=0)
 
 
-def decode_hf(precision: str) -> Work:
-    return hf_generate(hf_model().bfloat16() if precision == "bf16" else hf_model())
+def decode_hf(precision: str, device: str = "cpu") -> Work:
+    model = hf_model().to(device)
+    return hf_generate(model.bfloat16() if precision == "bf16" else model)
 
 
 def decode_ctranslate2(precision: str) -> Work:
@@ -492,13 +517,15 @@ KINDS = {
     "split": Kind(split, ["ours-one", "ours-two"]),
     "corpus": Kind(corpus, ["ours"]),
     "run": Kind(section_5_2, ["ours-fp32", "ours-bf16", "book"]),
+    "gpu-step": Kind(gpu_step, ["ours", "book", "hf", "ours-no-dropout", "book-no-dropout", "hf-no-dropout"]),
+    "gpu-token": Kind(partial(decode, device="cuda"), ["ours-fp32", "ours-bf16", "hf-fp32", "hf-bf16"]),
 }
 
 
 def measure_one(kind: str, name: str) -> None:
     """Prints the figures of one contestant: this process is its own."""
-    if name.startswith("ours") or name == "floor":
-        importlib.import_module("train")  # before torch, as on the command line: what it sets for torch must be in time
+    if name.startswith("ours") and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as both scripts do
     print(json.dumps(KINDS[kind].measure(name)))
 
 
