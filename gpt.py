@@ -99,7 +99,7 @@ def map_params(function: Callable[[Tensor], Any], params: Params) -> dict[str, A
     """function(tensor) under each name, called once for each tensor.
 
     In OpenAI's models two names, tok_emb.weight and out_head.weight, have one tensor: they are tied, and stay tied
-    here. This works because tensors as keys of a dict are equal only if they are the same object.
+    here. This works because a dict tells tensors apart by which object they are, not by what is in them.
     """
     results = {tensor: function(tensor) for tensor in distinct(params)}
     return {name: results[tensor] for name, tensor in params.items()}
@@ -111,7 +111,7 @@ def distinct(params: Params) -> list[Tensor]:
 
 
 def compute_in(params: Params, dtype: torch.dtype) -> Params:
-    """The parameters to compute with in another type: the EMBEDDINGS keep theirs, all others are cast."""
+    """The parameters, all but the EMBEDDINGS cast to dtype. `hidden_states` casts the rows that it looks up."""
     return {name: tensor if name in EMBEDDINGS else tensor.to(dtype) for name, tensor in params.items()}
 
 
@@ -125,7 +125,7 @@ def cast(params: Params, dtype: torch.dtype, device: torch.device | str | None =
 def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
     """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if there is one: (B, T, fan_out).
 
-    Nearly all of the time goes into this product. It is F.linear, computed in the way that is the fastest for it.
+    Nearly all of the time goes into this product. It is F.linear, or what `fastest_product`, below, knows to be faster.
     """
     weight = params[f"{prefix}.weight"]
     return fastest_product(x, weight)(x, weight, params.get(f"{prefix}.bias"))
@@ -133,7 +133,7 @@ def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
 
 def query_key_value(x: Tensor, params: Params, prefix: str) -> tuple[Tensor, ...]:
     """Query, key and value of x (B, T, E): three tensors (B, T, E)."""
-    if f"{prefix}.W_query_key_value.weight" in params:  # `pack` has joined the three layers
+    if f"{prefix}.W_query_key_value.weight" in params:  # to generate faster, `pack`, below, has joined the three layers
         return linear(x, params, f"{prefix}.W_query_key_value").chunk(3, dim=-1)
     return tuple(linear(x, params, f"{prefix}.{name}") for name in QUERY_KEY_VALUE)
 
@@ -145,7 +145,7 @@ def layer_norm(x: Tensor, params: Params, prefix: str) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """x with each value zeroed with probability `rate` and the others divided by 1 - rate; x without a generator.
+    """x with each value zeroed with probability `rate` and the others divided by 1 - rate. Without a generator, just x.
 
     This draws the numbers that F.dropout draws. F.dropout itself can draw from PyTorch's global generator only.
     """
@@ -168,7 +168,8 @@ def attention(x: Tensor, params: Params, prefix: str, config: Config, generator:
               cache: Cache | None = None) -> Tensor:
     """Causal multi-head attention over x (B, T, E): (B, T, E).
 
-    With a cache, x follows the tokens in it, and sees them too. The keys and values of x are written into its buffer.
+    With a cache, x is what follows the tokens in it, and sees them too: any number of tokens after an empty cache, one
+    after a longer one. Their keys and values are written into its buffer.
     """
     B, T, E = x.shape
     H, D = config.n_heads, E // config.n_heads
@@ -183,8 +184,8 @@ def attention(x: Tensor, params: Params, prefix: str, config: Config, generator:
         context = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or cache.length == 0)
     else:
         # The same by hand, because that call can't draw its dropout from our generator. The figures stay the chapter's:
-        # to divide q by sqrt(D) = 8 is exact and so as good as dividing the scores, and a score to which -inf is added
-        # is -inf, as if it had been replaced.
+        # D is 64 there, and to multiply q by 1/8 is exact and so as good as dividing the scores by 8; and a score to
+        # which -inf is added is -inf, as if it had been replaced.
         later = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         scores = (q * D**-0.5) @ k.transpose(2, 3) + later  # (B, H, T, T)
         context = dropout(scores.softmax(-1), config.drop_rate, generator) @ v
@@ -209,11 +210,16 @@ def transformer_block(x: Tensor, params: Params, prefix: str, config: Config, ge
 
 def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: torch.Generator | None = None,
                   cache: Cache | None = None) -> Tensor:
-    """What the last block makes of the tokens (B, T): (B, T, E). Arguments and errors are those of `forward`."""
+    """What the last block makes of the tokens (B, T), which follow those in the cache, if there is one: (B, T, E).
+
+    Errors are those of `forward` and `extend`.
+    """
     if token_ids.ndim != 2:
         raise ValueError(f"token_ids must be (batch, tokens), not {tuple(token_ids.shape)}")
-    start = 0 if cache is None else cache.length
-    end = start + token_ids.shape[1]
+    start, T = 0 if cache is None else cache.length, token_ids.shape[1]
+    end = start + T
+    if start > 0 and T > 1:
+        raise ValueError("after the first call a cache takes one token at a time")
     if end > config.context_length or (cache is not None and end > cache.buffer.shape[-2]):
         room = "" if cache is None else f" or the cache's room for {cache.buffer.shape[-2]}"
         raise ValueError(f"{end} tokens are more than context_length {config.context_length}{room}")
@@ -236,7 +242,7 @@ def forward(params: Params, token_ids: Tensor, config: Config, generator: torch.
     """Logits (B, T, V): row t scores every vocabulary entry as the token after token_ids[:, :t + 1] (section 5.1.1).
 
     token_ids (B, T) are integers below V. There is dropout, at config.drop_rate, exactly when a generator is passed.
-    ValueError when there are more than context_length tokens.
+    ValueError when token_ids has another number of axes, or more than context_length tokens.
     """
     return output_logits(hidden_states(params, token_ids, config, generator), params)
 
@@ -254,7 +260,7 @@ def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
 # ---- The chapter ends here. What follows makes it fast: a cache for generation, and a library for the products. ----
 
 def empty_cache(params: Params, batch_size: int, room: int, config: Config) -> Cache:
-    """A cache with room for so many tokens in each of batch_size rows."""
+    """A cache with no tokens in it and room for `room` of them in each of batch_size rows."""
     shape = (config.n_layers, 2, batch_size, config.n_heads, room, config.emb_dim // config.n_heads)
     return Cache(params["final_norm.scale"].new_empty(shape), 0)
 
@@ -265,8 +271,6 @@ def extend(params: Params, token_ids: Tensor, config: Config, cache: Cache) -> t
     An empty cache takes a whole prompt, a longer one takes one token at a time. The buffer is written into: go on with
     the cache that is returned. ValueError when there would be more tokens than context_length or than the cache's room.
     """
-    if cache.length > 0 and token_ids.numel() > len(token_ids):
-        raise ValueError("after the first call a cache takes one token at a time")
     x = hidden_states(params, token_ids, config, cache=cache)
     return output_logits(x[:, -1:], params), Cache(cache.buffer, cache.length + x.shape[1])
 
@@ -283,7 +287,7 @@ def fastest_product(x: Tensor, weight: Tensor) -> Product:
 
     For float32 PyTorch takes MKL, which is Intel's and the fastest on Intel's processors. On AMD's, oneDNN, which is
     within PyTorch too, is faster for one token at a time, and with AVX-512 for many. For 2 to 15 tokens there is little
-    between them, and the last digits of section 5.1.2 are MKL's. For one row in bfloat16, AMX fills tiles in vain.
+    between them, and the last digits of section 5.1.2 are MKL's. AMX is for whole matrices: one row has another way.
     """
     T = x.shape[1]
     if weight.is_mkldnn:  # an old name of oneDNN; `pack` makes such weights
@@ -319,8 +323,8 @@ def one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias), by oneDNN."""
-    asked = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    if x.is_inference() and not asked:  # in generation: no gradient is needed, and the way around it is shorter
+    needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    if x.is_inference() and not needs_gradient:  # in generation, where the detour over autograd would cost time
         return onednn_product(x, weight, bias)
     return onednn_with_gradient(x, weight, bias)
 
@@ -332,7 +336,7 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """`onednn_product` with its gradient, which consists of two such products, so that it has a gradient again."""
+    """`onednn_product` with its gradient, which is made of the same products, and so has a gradient in turn."""
     generate_vmap_rule = True
 
     @staticmethod
@@ -358,7 +362,7 @@ onednn_with_gradient: Product = OneDNNLinear.apply
 
 
 def pack(params: Params) -> Params:
-    """The parameters as a CPU reads them faster, to generate with: 7 to 50 % a token, at the cost of a token or two.
+    """The parameters as a CPU reads them faster: generating takes 7 to 50 % less time, and this as long as two tokens.
 
     Query, key and value of each block are joined to one layer. Where the processor has instructions for bfloat16, but
     no AMX, its matrices get the layout in which oneDNN reads them twice as fast; for float32 that would not pay.

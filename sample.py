@@ -64,8 +64,8 @@ def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities (..., V) from logits (..., V): more even the higher the temperature (section 5.3.1).
 
     As in the chapter, the logits are divided by the temperature, then comes the softmax. The largest is subtracted
-    first, as softmax itself does, so that all temperatures and infinite logits work: -inf gets nothing, +inf all there
-    is. ValueError unless temperature is above 0.
+    first, as softmax itself does, so that all temperatures work, and infinite logits: -inf gets nothing, and +inf
+    leaves nothing to the others. ValueError unless temperature is above 0.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature!r}")
@@ -109,12 +109,14 @@ def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = Non
 def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
            top_k: int | None = None, eos_id: int | None = None,
            generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """The tokens of `generate` as they come, each (B, 1)."""
+    """The tokens of `generate` as they come, each (B, 1). Its errors come when the first token is asked for."""
     if token_ids.ndim != 2:
         raise ValueError(f"token_ids must be (batch, tokens), not {tuple(token_ids.shape)}")
     B, T = token_ids.shape
-    if T == 0 or max_new_tokens < 0:
-        raise ValueError("the prompt must have at least one token" if T == 0 else "max_new_tokens must not be negative")
+    if T == 0:
+        raise ValueError("the prompt must have at least one token")
+    if max_new_tokens < 0:
+        raise ValueError("max_new_tokens must not be negative")
     params = pack(params)
     cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
     ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
@@ -141,7 +143,7 @@ def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: 
     """token_ids (B, T) followed by up to max_new_tokens new ones (B, T + n) (section 5.3.3).
 
     Each is chosen by `next_token` given the last context_length tokens before it. A row that produces eos_id is filled
-    with eos_id from there on. When every row has produced it, generation ends, and the last of them is not returned.
+    with eos_id from there on. When every row has produced it, generation ends, without that last column.
     ValueError for an empty prompt and for what `next_token` refuses.
     """
     tokens = list(stream(params, token_ids, config, max_new_tokens, temperature, top_k, eos_id, generator))
@@ -157,14 +159,14 @@ class Rule(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-def whole_number(low: int, high: int = 2**31 - 1) -> Rule:
+def whole(low: int, high: int = 2**31 - 1) -> Rule:
     """The rule of whole numbers from low to high."""
     words = f"a whole number from {low} to {high}"
     return Rule(int, words, lambda value: type(value) is int and low <= value <= high)
 
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
-    """The rule of numbers from low, or above it, up to below high."""
+    """The rule of numbers that are at least low, or above it, and below high."""
     words = f"a number {'above' if above else 'of at least'} {low}" + (f" and below {high}" if high < math.inf else "")
     return Rule(float, words, lambda value: isinstance(value, (int, float)) and low <= value < high
                 and not (above and value == low))
@@ -282,13 +284,13 @@ def run_command(command: Callable[[], int]) -> NoReturn:
 class SampleOptions(Options):
     """The options of this command line, with the chapter's defaults."""
     weights: str = option("model.pth", TEXT, "a checkpoint, a file or folder of Hugging Face's GPT-2, or `openai`")
-    n_heads: int | None = option(None, whole_number(1), "the model's heads, for a file that does not tell")
+    n_heads: int | None = option(None, whole(1), "the model's heads, for a file that does not tell")
     prompt: str = option("Every effort moves you", TEXT, "what the model continues; - reads it from standard input")
-    max_new_tokens: int = option(25, whole_number(0), "how many to write at most")
-    num_samples: int = option(1, whole_number(1), "how many continuations to write")
+    max_new_tokens: int = option(25, whole(0), "how many to write at most")
+    num_samples: int = option(1, whole(1), "how many continuations to write")
     temperature: float = option(0.0, number(0), "0: always the likeliest token; higher: more varied")
-    top_k: int | None = option(None, whole_number(1), "how many of the likeliest tokens can be drawn, instead of all")
-    seed: int = option(123, whole_number(0, 2**63 - 1), "of the random draws")
+    top_k: int | None = option(None, whole(1), "how many of the likeliest tokens can be drawn, instead of all")
+    seed: int = option(123, whole(0, 2**63 - 1), "of the random draws")
     dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, or bfloat16, which "
                         "reads half the bytes")
 
@@ -313,32 +315,39 @@ def main() -> int:
         prompt = sys.stdin.read().removesuffix("\n") if sys.stdin else ""
     token_ids = text_to_token_ids(prompt, tokenizer).to(device).expand(options.num_samples, -1)
     start = time.perf_counter()
-    tokens = stream(params, token_ids, loaded.config, options.max_new_tokens, options.temperature, options.top_k,
-                    tokenizer.eot_token, torch.Generator(device).manual_seed(options.seed))
-    count = write_samples(prompt, tokens, options.num_samples, tokenizer)
+    request = (params, token_ids, loaded.config, options.max_new_tokens, options.temperature, options.top_k,
+               tokenizer.eot_token, torch.Generator(device).manual_seed(options.seed))
+    if options.num_samples == 1:
+        count = write_one(prompt, stream(*request), tokenizer)
+    else:
+        count = write_several(prompt, generate(*request)[:, token_ids.shape[1]:], tokenizer)
     seconds = time.perf_counter() - start
     say(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {options.seed}")
     return 0
 
 
-def write_samples(prompt: str, tokens: Iterator[Tensor], num_samples: int, tokenizer: tiktoken.Encoding) -> int:
-    """How many tokens were printed behind the prompt: one by one as they come or, of several samples, at the end."""
+def write_one(prompt: str, tokens: Iterator[Tensor], tokenizer: tiktoken.Encoding) -> int:
+    """Prints the prompt and then tokens, each (1, 1), as they come: how many."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
-    columns: list[Tensor] = []  # each (num_samples, 1)
+    count = 0
     try:
-        if num_samples == 1:
-            print(prompt, end="", flush=True)
+        print(prompt, end="", flush=True)
         for token in tokens:
-            columns.append(token)
-            if num_samples == 1:
-                print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
-        for i in range(num_samples if num_samples > 1 else 0):
-            text = tokenizer.decode([int(column[i]) for column in columns])
-            print(prompt + text.split(END_OF_TEXT)[0], end="\n\n")
+            print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
+            count += 1
     finally:  # also when it fails or is interrupted, so that a message begins a line
-        if num_samples == 1:
-            print(decoder.decode(b"", final=True), flush=True)
-    return num_samples * len(columns)
+        print(decoder.decode(b"", final=True), flush=True)
+    return count
+
+
+def write_several(prompt: str, token_ids: Tensor, tokenizer: tiktoken.Encoding) -> int:
+    """Prints the prompt before each row of token_ids (B, T), up to its end of text: how many tokens those are."""
+    count = 0
+    for row in token_ids.tolist():
+        length = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else len(row)
+        print(prompt + tokenizer.decode(row[:length]), end="\n\n")
+        count += length
+    return count
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ from sample import (
     say,
     text_to_token_ids,
     token_ids_to_text,
+    whole,
 )
-from sample import whole_number as whole
 from weights import (
     BETAS,
     EPS,
@@ -96,7 +96,8 @@ class Settings(sample.Checked):
     warmup_steps: int = option(0, whole(0), "steps in which the learning rate grows up to --lr")
     initial_lr: float = option(3e-5, number(0), "the learning rate at the first of these steps")
     min_lr: float | None = option(None, number(0), "what the rate falls to, along a cosine, until the last step")
-    max_norm: float | None = option(None, number(0, above=True), "what longer gradients are cut to, after the warm-up")
+    max_norm: float | None = option(None, number(0, above=True), "the length to which the gradient is clipped, "
+                                    "after the warm-up")
     dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, which is exact, or "
                         "bfloat16, which is faster on processors that have units for it")
     seed: int = option(123, whole(0, 2**63 - 1), "of every random draw")
@@ -111,8 +112,8 @@ class Settings(sample.Checked):
 class Processes(NamedTuple):
     """This process among those that train together, each on its part of every batch. The default is one process.
 
-    gather(value) is the list of every process's value. average(gradients) may write into the gradients. launcher is the
-    number of the torchrun that has started them, by which a restarted run knows its own file.
+    With one process nothing here matters. gather(value) is the list of every process's value. average(gradients) may
+    write into the gradients. launcher is the process id of torchrun, by which a restarted run knows its own file.
     """
     rank: int = 0
     size: int = 1
@@ -197,14 +198,14 @@ def make_windows(tokens: np.ndarray, length: int) -> np.ndarray:
 def make_run(text: str, config: Config, settings: Settings, processes: Processes = ONE_PROCESS) -> Run:
     """A run over this text: its first part is for training, the rest for validation (section 5.1.3).
 
-    ValueError if it is too short. To go on with --resume, a run must find the same text in settings.data.
+    The text should be that of settings.data, where --resume looks for it. ValueError if it is too short.
     """
     tokenizer, length = sample.gpt2_tokenizer(), settings.context_length
     split = int(settings.train_ratio * len(text))
     try:
         train_windows, val_windows = (
             make_windows(tokenize(part, tokenizer), length) for part in (text[:split], text[split:]))
-    except ValueError as error:  # there is a limit to the blanks in a row
+    except ValueError as error:  # the tokenizer's: it takes a few hundred thousand blanks in a row, not a million
         raise ValueError(f"{' '.join(settings.data)}: {error}") from None
     for part, windows, needed in (("training", train_windows, settings.batch_size), ("validation", val_windows, 1)):
         if len(windows) < needed:
@@ -216,7 +217,7 @@ def make_run(text: str, config: Config, settings: Settings, processes: Processes
 
 
 def draw_batches(n: int, batch_size: int, generator: torch.Generator, shuffle: bool) -> tuple[Tensor, ...]:
-    """For each batch of a pass over n windows, the numbers of its windows (B,), drawn as the chapter does (5.1.3).
+    """For each batch of a pass over n windows, the indices of its windows (B,), drawn as the chapter does (5.1.3).
 
     A shuffled pass, for training, drops the last batch if it is not full.
     """
@@ -228,9 +229,9 @@ def draw_batches(n: int, batch_size: int, generator: torch.Generator, shuffle: b
     return torch.split(order, batch_size)[:n // batch_size]
 
 
-def get_batch(windows: np.ndarray, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of the windows with these numbers."""
-    tokens = torch.from_numpy(windows[numbers.numpy()].astype(np.int64)).to(device)
+def get_batch(windows: np.ndarray, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of the windows with these indices."""
+    tokens = torch.from_numpy(windows[indices.numpy()].astype(np.int64)).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -238,17 +239,17 @@ def get_batch(windows: np.ndarray, numbers: Tensor, device: torch.device) -> tup
 
 @torch.no_grad()
 def mean_loss(params: Params, config: Config, windows: np.ndarray, batches: Sequence[Tensor]) -> float:
-    """The mean loss, without dropout, over batches, each given by the numbers of its windows (section 5.1.3)."""
+    """The mean loss, without dropout, over batches, each given by the indices of its windows (section 5.1.3)."""
     device = params["tok_emb.weight"].device
-    losses = [calc_loss(params, *get_batch(windows, numbers, device), config).item() for numbers in batches]
+    losses = [calc_loss(params, *get_batch(windows, indices, device), config).item() for indices in batches]
     return sum(losses) / len(losses)
 
 
 def evaluate_model(params: Params, run: Run, generator: torch.Generator,
                    eval_iter: int | None = None) -> tuple[float, float]:
-    """The mean training and validation loss over eval_iter batches of each, or all, without dropout (section 5.2).
+    """The mean training and validation loss without dropout, over eval_iter batches of each; None is all (section 5.2).
 
-    The generator gives the order of the training batches. FloatingPointError if a loss is infinite or nan.
+    The generator, moved on, gives the order of the training batches. FloatingPointError if a loss is infinite or nan.
     """
     batch_size = run.settings.batch_size
     params = compute_in(params, getattr(torch, run.settings.dtype))
@@ -283,14 +284,15 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config, generator)
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is {loss.item()}")
+    # Contiguous, as AdamW's fused kernel and an average over processes need them.
     gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, distinct(leaves))]
     if adjust is not None:
         gradients = adjust(gradients)
     # The function behind torch.optim.AdamW, which wants the number of steps as a tensor for each parameter.
-    steps = torch.full((len(gradients),), float(opt_state.step), device=loss.device).unbind()
+    steps = list(torch.full((len(gradients),), float(opt_state.step), device=loss.device))
     with torch.no_grad():
         adamw(distinct(leaves), gradients, distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq),
-              max_exp_avg_sqs=[], state_steps=list(steps), fused=True, amsgrad=False, maximize=False,
+              max_exp_avg_sqs=[], state_steps=steps, fused=True, amsgrad=False, maximize=False,
               beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=lr, weight_decay=weight_decay)
     return params, opt_state._replace(step=opt_state.step + 1), loss.detach()  # all with the new values in them
 
@@ -325,6 +327,7 @@ def start_state(run: Run, loaded: Checkpoint | None = None, device: torch.device
 
     def own(tensor: Tensor) -> Tensor:  # a copy: training writes into it
         return tensor.to(device, torch.float32, copy=True)
+
     params = map_params(own, params)
     opt_state = init_optimizer(params)
     if loaded is not None and loaded.opt_state is not None:
@@ -344,7 +347,8 @@ def restore(run: Run, state: State, saved: dict[str, Any]) -> State:
     try:
         generator = torch.Generator()
         generator.set_state(saved["generator_state"])
-        evaluations = tuple((int(tokens), float(one), float(two)) for tokens, one, two in saved["evaluations"])
+        evaluations = tuple((int(tokens), float(train_loss), float(val_loss))
+                            for tokens, train_loss, val_loss in saved["evaluations"])
         order, shape = saved["order"], (run.steps_per_epoch, run.settings.batch_size)
         if order is not None:
             order = order.clone()  # so that nothing stays mapped to the file
@@ -360,7 +364,7 @@ def restore(run: Run, state: State, saved: dict[str, Any]) -> State:
 
 
 def to_checkpoint(run: Run, state: State) -> Checkpoint:
-    """What is saved of a state: start_state(run, to_checkpoint(run, state)) == state."""
+    """What is saved of a state: of this, `start_state` makes the same state again."""
     rest = {"generator_state": state.generator_state, "order": state.order, "evaluations": state.evaluations,
             "loss": state.loss, "text_hash": run.text_hash, "settings": asdict(run.settings),
             "launcher": run.processes.launcher}
@@ -369,24 +373,31 @@ def to_checkpoint(run: Run, state: State) -> Checkpoint:
 
 
 def next_state(run: Run, state: State) -> State:
-    """The state after one step of training or, where the chapter evaluates between two steps, after that (section 5.2).
+    """The next state of a run: after one evaluation, where one is due, else after one step of training (section 5.2).
 
-    A step of training adds 1 to opt_state.step. An evaluation does not, but adds to `evaluations`. Only the tensors of
-    parameters and moments are written into: go on with the state that is returned. After an error, the state that was
-    passed is as it was. FloatingPointError if the loss is infinite or nan.
+    Only the tensors of parameters and moments are written into: go on with the state that is returned. After an error,
+    the state that was passed is as it was. FloatingPointError if the loss is infinite or nan.
     """
     generator = torch.Generator()
     generator.set_state(state.generator_state)
-    step = state.opt_state.step  # steps done
-    if is_evaluation_due(run, state):
-        losses = evaluate_model(state.params, run, generator, run.settings.eval_iter)
-        # At its end a run is evaluated where the chapter does not do so. What this draws must not change a longer run.
-        generator_state = generator.get_state() if is_logged(run, step) else state.generator_state
-        evaluations = (*state.evaluations, (step * run.tokens_per_step, *losses))
-        return state._replace(evaluations=evaluations, generator_state=generator_state)
+    return (evaluated if is_evaluation_due(run, state) else trained)(run, state, generator)
 
+
+def evaluated(run: Run, state: State, generator: torch.Generator) -> State:
+    """The state with one more evaluation."""
+    step = state.opt_state.step
+    losses = evaluate_model(state.params, run, generator, run.settings.eval_iter)
+    # At its end a run is evaluated where the chapter does not do so. What this draws must not change a longer run.
+    generator_state = generator.get_state() if is_logged(run, step) else state.generator_state
+    evaluations = (*state.evaluations, (step * run.tokens_per_step, *losses))
+    return state._replace(evaluations=evaluations, generator_state=generator_state)
+
+
+def trained(run: Run, state: State, generator: torch.Generator) -> State:
+    """The state after one more step of training."""
     settings, processes, order = run.settings, run.processes, state.order
-    index = step % run.steps_per_epoch  # of the step in its epoch
+    step = state.opt_state.step  # how many were done
+    index = step % run.steps_per_epoch  # of this one in its epoch
     if index == 0 or order is None:  # None: the run began with a file of other tools, in the middle of an epoch
         batches = draw_batches(len(run.train_windows), settings.batch_size, generator, shuffle=True)
         order = processes.gather(torch.stack(batches))[0]  # the first process's, for all
@@ -398,6 +409,7 @@ def next_state(run: Run, state: State) -> State:
         if settings.max_norm is None or step < settings.warmup_steps:
             return gradients
         return clip_gradients(gradients, settings.max_norm)
+
     params, opt_state, loss = train_step(
         state.params, state.opt_state, inputs, targets, run.config, dropout_generator(run, step, generator, device),
         lr=learning_rate(step, run.total_steps, settings), weight_decay=settings.weight_decay,
@@ -406,7 +418,7 @@ def next_state(run: Run, state: State) -> State:
 
 
 def is_logged(run: Run, step: int) -> bool:
-    """Whether the chapter prints the losses when so many steps are done: after the first, and then every eval_freq."""
+    """Whether the chapter prints the losses after this many steps: after the first, and then every eval_freq."""
     return step > 0 and (step - 1) % run.settings.eval_freq == 0
 
 
@@ -470,15 +482,13 @@ def plot_losses(evaluations: Sequence[tuple[int, float, float]], tokens_per_epoc
         figure.savefig(file, format=Path(path).suffix[1:])
 
 
-# ---- The chapter ends here. What follows is the edge: it prints, saves, reads options and meets other processes. ----
-
 def train(run: Run, state: State, checkpoint: str | None = None, signals: Sequence[int] | None = None) -> State:
     """The last state of a run: at its end, or after the step in which a signal came (section 5.2).
 
-    Prints the chapter's log. With a checkpoint, saves there at the start, every save_every steps and at the end, also
-    when an error ends the run, and draws the losses. Of several processes, the first alone prints and saves.
-    `signals` is a list that is not empty when a signal has come; without one, signals are caught.
-    FloatingPointError if a loss is infinite or nan: then nothing more is saved.
+    Prints the chapter's log. With a checkpoint, saves there at the start, every save_every steps and at the end, and
+    draws the losses. Of several processes, the first alone prints and saves. `signals` is a list that is not empty when
+    a signal has come; without one, signals are caught. An error is raised after saving what was reached, but not a
+    FloatingPointError, of a loss that is infinite or nan: then the file stays as it is.
     """
     if signals is None:
         with caught_signals() as signals:
@@ -517,6 +527,8 @@ def report(run: Run, state: State, bar: "tqdm[Any]") -> None:
         tqdm.write(line, file=sys.stdout)  # clear of the bar, which is on standard error
     sys.stdout.flush()
 
+
+# ---- The chapter ends here. What follows is around it: saving, signals, other processes and the options. ----
 
 def is_save_due(run: Run, state: State) -> bool:
     """Whether the settings say to save after this step; with its evaluation, where one is due."""
@@ -570,6 +582,7 @@ def caught_signals() -> Iterator[list[int]]:
         caught.append(number)
         for each in handlers.keys() & {signal.SIGINT, signal.SIGTERM}:  # SIGHUP comes twice when a terminal is closed
             signal.signal(each, signal.SIG_DFL)
+
     for each in handlers:
         signal.signal(each, handle)
     try:
@@ -617,6 +630,7 @@ def join_processes(device: torch.device) -> tuple[torch.device, Processes]:
             for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
                 work.wait()
         return [gradient.div_(size) for gradient in gradients]
+
     return device, Processes(rank, size, gather, average, launcher)
 
 

@@ -143,6 +143,7 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes a file that `load_checkpoint`, the chapter's model and torch.optim.AdamW can read (section 5.4).
 
+    Tied parameters have one entry in the optimizer's state, as they have in an optimizer over a tied model.
     At every instant the file at `path` is the old one or the new one, whole. OSError if it can't be written.
     """
     params, config, opt_state, run, _ = checkpoint
@@ -257,7 +258,7 @@ def is_mask(name: str) -> bool:
 
 
 def infer_config(given: Params, config_file: Path, n_heads: int | None, notes: list[str]) -> Config:
-    """The configuration of parameters of these shapes; KeyError if they are those of no GPT model.
+    """The configuration of parameters of these shapes; KeyError or ValueError if they are those of no GPT model.
 
     A note tells if the number of heads is a guess.
     """
@@ -371,7 +372,8 @@ def load_model(name: str, n_heads: int | None = None, size: str = "124M", models
     elif path.is_file():
         loaded = load_checkpoint(path, n_heads, with_run)
     else:
-        raise ValueError(f"there is no {name}: `python train.py --checkpoint {name}` makes it")
+        way = f": `python train.py --checkpoint {name}` makes it" if name.endswith(".pth") else ""
+        raise ValueError(f"there is no {name}{way}")
     if n_heads not in (None, loaded.config.n_heads):
         raise ValueError(f"--n-heads {n_heads} contradicts {name}: {loaded.config.n_heads} there")
     if loaded.config.vocab_size != GPT_CONFIG_124M.vocab_size:
