@@ -285,7 +285,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def fastest_product(x: Tensor, weight: Tensor) -> Product:
     """F.linear, or what does the same to x (B, T, fan_in) and this weight and is faster, as it was measured.
 
-    For float32 PyTorch takes MKL, which is Intel's and the fastest on Intel's processors. On AMD's, oneDNN, which is
+    For float32 PyTorch takes MKL, which is Intel's and the fastest on Intel's processors. On others oneDNN, which is
     within PyTorch too, is faster for one token at a time, and with AVX-512 for many. For 2 to 15 tokens there is little
     between them, and the last digits of section 5.1.2 are MKL's. AMX is for whole matrices: one row has another way.
     """
