@@ -292,6 +292,12 @@ def test_several_samples_are_several_continuations_and_the_seed_gives_them_again
     assert greedy == 3 * (run(trained, "sample.py --max-new-tokens 9").out + "\n")
 
 
+def test_several_samples_are_cut_at_their_end_of_text_and_counted_without_it(capsys):
+    rows = torch.tensor([[15496, 50256, 50256], [15496, 995, 0]])
+    assert sample.write_several("A ", rows, sample.gpt2_tokenizer()) == 4
+    assert capsys.readouterr().out == "A Hello\n\nA Hello world!\n\n"
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_no_new_tokens_leave_the_prompt(trained, samples):
     status, out, _ = run(trained, f"sample.py --max-new-tokens 0 --num-samples {samples}")
@@ -815,6 +821,7 @@ MISTAKES = [
     ("train.py --best x.pth --checkpoint ./x.pth", "different files"),
     ("train.py --data story.txt --checkpoint story.txt --overwrite", "different files"),
     ("sample.py", "there is no model.pth: `python train.py --checkpoint model.pth` makes it"),
+    ("sample.py --weights absent.safetensors", "there is no absent.safetensors\n"),
     ("sample.py --prompt ''", "--prompt"),
     ("sample.py --top-k 0", "--top-k"),
     ("sample.py --top-k -1", "--top-k"),
