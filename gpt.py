@@ -1,7 +1,8 @@
 """GPT-2 as pure functions over a flat dict of parameters.
 
 `forward` embeds the tokens, applies `transformer_block` n_layers times and scores every vocabulary entry as the next
-token. Each function gets all the parameters and the `prefix` of those that it uses, such as "trf_blocks.3.att".
+token. The function of a layer gets all the parameters and a `prefix`, such as "trf_blocks.3.att", that tells which of
+them are its own; in a module `self` does so.
 
 Nothing is remembered between calls: the same arguments give the same result. Two kinds of arguments change, and their
 names are always the same: drawing moves a `generator` on, and a `cache` is written into.
@@ -111,7 +112,10 @@ def distinct(params: Params) -> list[Tensor]:
 
 
 def compute_in(params: Params, dtype: torch.dtype) -> Params:
-    """The parameters, all but the EMBEDDINGS cast to dtype. `hidden_states` casts the rows that it looks up."""
+    """The parameters, cast to dtype for the computation, all but the EMBEDDINGS: few of their rows are used at a time.
+
+    `hidden_states` casts those rows. In float32, the chapter's, nothing changes.
+    """
     return {name: tensor if name in EMBEDDINGS else tensor.to(dtype) for name, tensor in params.items()}
 
 
@@ -125,7 +129,8 @@ def cast(params: Params, dtype: torch.dtype, device: torch.device | str | None =
 def linear(x: Tensor, params: Params, prefix: str) -> Tensor:
     """x (B, T, fan_in) times the transposed weight (fan_out, fan_in), plus the bias if there is one: (B, T, fan_out).
 
-    Nearly all of the time goes into this product. It is F.linear, or what `fastest_product`, below, knows to be faster.
+    It is F.linear, or what does the same faster: nearly all of the time goes into this product. `fastest_product`,
+    below, knows which.
     """
     weight = params[f"{prefix}.weight"]
     return fastest_product(x, weight)(x, weight, params.get(f"{prefix}.bias"))
@@ -157,8 +162,9 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 class Cache(NamedTuple):
     """Keys and values of the tokens that were read so far, so that the next token needs only its own.
 
-    buffer is (n_layers, 2, B, H, room, D), or one layer's part of it, (2, B, H, room, D). Its first `length` places are
-    in use. `extend`, below, is the function that uses a cache.
+    It is for fast generation: `extend`, below, uses one, the chapter does not. buffer is (n_layers, 2, B, H, room, D),
+    where 2 is keys and values, or one layer's part of it, (2, B, H, room, D). It has room for `room` tokens, and
+    `length` of them are in it.
     """
     buffer: Tensor
     length: int
@@ -180,12 +186,12 @@ def attention(x: Tensor, params: Params, prefix: str, config: Config, generator:
         cache.buffer[1, :, :, cache.length:end] = v
         k, v = cache.buffer[0, :, :, :end], cache.buffer[1, :, :, :end]  # (B, H, end, D)
     if generator is None or config.drop_rate == 0:
-        # softmax(q k^T / sqrt(D)) v in one call. A token that follows a cache is the last: nothing is hidden from it.
+        # softmax(q k^T / sqrt(D)) v in one call. A token that follows others in a cache is the last: it may see all.
         context = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or cache.length == 0)
     else:
-        # The same by hand, because that call can't draw its dropout from our generator. The figures stay the chapter's:
-        # D is 64 there, and to multiply q by 1/8 is exact and so as good as dividing the scores by 8; and a score to
-        # which -inf is added is -inf, as if it had been replaced.
+        # The same by hand, because that call can't draw its dropout from our generator. The numbers are the chapter's.
+        # It divides the scores by sqrt(64) = 8; here q is multiplied by 1/8, which is exact. It replaces the scores of
+        # later tokens by -inf; here -inf is added to them.
         later = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         scores = (q * D**-0.5) @ k.transpose(2, 3) + later  # (B, H, T, T)
         context = dropout(scores.softmax(-1), config.drop_rate, generator) @ v
@@ -224,7 +230,7 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
         room = "" if cache is None else f" or the cache's room for {cache.buffer.shape[-2]}"
         raise ValueError(f"{end} tokens are more than context_length {config.context_length}{room}")
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    # The embeddings may have another type than the rest, see `compute_in`: only the chosen rows are cast.
+    # The embeddings may have another type than the rest, see `compute_in`, of which final_norm.scale is one.
     x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)
     for i in range(config.n_layers):
         layer_cache = None if cache is None else Cache(cache.buffer[i], cache.length)
@@ -233,7 +239,7 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
 
 
 def output_logits(x: Tensor, params: Params) -> Tensor:
-    """The logits (B, T, V), in float32 or finer, of hidden states x (B, T, E)."""
+    """The logits (B, T, V), at least in float32, of hidden states x (B, T, E)."""
     logits = linear(layer_norm(x, params, "final_norm"), params, "out_head")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -251,7 +257,7 @@ def calc_loss(params: Params, inputs: Tensor, targets: Tensor, config: Config,
               generator: torch.Generator | None = None) -> Tensor:
     """The mean cross-entropy of the targets (B, T) given the inputs (B, T): a scalar (section 5.1.2).
 
-    Its unit is the natural logarithm of a probability, so that exp(loss) is the perplexity.
+    It is the mean of -ln(p), where p is the probability of the right token; exp(loss) is the perplexity.
     """
     logits = forward(params, inputs, config, generator)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V) and (B * T,)
@@ -362,7 +368,7 @@ onednn_with_gradient: Product = OneDNNLinear.apply
 
 
 def pack(params: Params) -> Params:
-    """The parameters as a CPU reads them faster: generating takes 7 to 50 % less time, and this as long as two tokens.
+    """The parameters as a CPU reads them faster: a token takes 7 to 50 % less time. To pack takes that of two tokens.
 
     Query, key and value of each block are joined to one layer. Where the processor has instructions for bfloat16, but
     no AMX, its matrices get the layout in which oneDNN reads them twice as fast; for float32 that would not pay.

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    # Threads that wait for another one spin. Where other programs want the processor too, the one that they wait for
-    # may not be running, so they must not spin for long. OpenMP reads this once, when torch is imported.
+    # For speed on a busy machine. A thread that waits for another "spins": it keeps its processor busy, which may be
+    # the one that the other waits for. So it must not do so for long. OpenMP reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import tiktoken
@@ -63,9 +63,9 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities (..., V) from logits (..., V): more even the higher the temperature (section 5.3.1).
 
-    As in the chapter, the logits are divided by the temperature, then comes the softmax. The largest is subtracted
-    first, as softmax itself does, so that all temperatures work, and infinite logits: -inf gets nothing, and +inf
-    leaves nothing to the others. ValueError unless temperature is above 0.
+    It is (logits / temperature).softmax(-1), as in the chapter. The rest is for extreme values. The largest logit is
+    subtracted first, as softmax itself does, so that a tiny temperature makes no number too large; a logit of -inf gets
+    nothing, and one of +inf leaves nothing to the others. ValueError unless temperature is above 0.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature!r}")
@@ -117,12 +117,14 @@ def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: in
         raise ValueError("the prompt must have at least one token")
     if max_new_tokens < 0:
         raise ValueError("max_new_tokens must not be negative")
+    # The chapter calls `forward` on the whole window for each token: that loop is `naive_generate` in test_sampling.py.
+    # This gives the same tokens. The cache remembers what was read, and `pack` lays the weights out for speed.
     params = pack(params)
     cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
     ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
     unread = token_ids[:, -config.context_length:]
     for _ in range(max_new_tokens):
-        logits, cache = extend(params, unread, config, cache)  # what `forward` says of the last token, at less cost
+        logits, cache = extend(params, unread, config, cache)
         token = next_token(logits[:, -1], temperature, top_k, generator)
         if eos_id is not None:
             ended = ended | (token == eos_id)

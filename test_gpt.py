@@ -43,7 +43,7 @@ from gpt import (
     map_params,
 )
 from sample import generate, gpt2_tokenizer, text_to_token_ids, token_ids_to_text
-from train import Settings, init_optimizer, train_step
+from train import Settings, adamw_step, init_optimizer, loss_and_gradients, train_step
 from weights import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -307,20 +307,15 @@ def test_a_step_is_one_of_pytorchs_adamw(dtype):
     optimizer = torch.optim.AdamW(reference.values(), lr=0.01, weight_decay=0.1)
     opt_state, (inputs, targets) = init_optimizer(params), examples(TINY, 8)
     for step in range(3):
-        used = []
-
-        def keep(gradients, used=used):
-            used.extend(gradient.clone() for gradient in gradients)
-            return gradients
         expected = calc_loss(params, inputs, targets, TINY)
         right = gradients_of(params, inputs, targets, TINY)
-        params, opt_state, loss = train_step(params, opt_state, inputs, targets, TINY, lr=0.01, weight_decay=0.1,
-                                             dtype=dtype, adjust=keep)
+        loss, gradients = loss_and_gradients(params, inputs, targets, TINY, dtype=dtype)
         assert loss.item() == pytest.approx(expected.item(), rel=4 * ROUNDING)
-        assert near(dict(zip(params, used, strict=True)), right, 50)
+        assert near(dict(zip(params, gradients, strict=True)), right, 50)
         # AdamW makes a step of any gradient, also of a rounding error. So both optimizers get the same gradients.
-        for parameter, gradient in zip(reference.values(), used, strict=True):
-            parameter.grad = gradient
+        for parameter, gradient in zip(reference.values(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        params, opt_state = adamw_step(params, opt_state, gradients, lr=0.01, weight_decay=0.1)
         optimizer.step()
         states = optimizer.state_dict()["state"]
         assert opt_state.step == step + 1 == states[0]["step"]
@@ -363,17 +358,22 @@ def test_a_step_whose_loss_is_nan_is_refused_and_changes_nothing():
     assert not any(tensor.requires_grad for tensor in params.values())
 
 
-def test_an_adjustment_gets_one_gradient_for_each_tensor_and_what_it_returns_is_used():
-    params, seen = tied(init_params(TINY, seeded())), []
+def test_tied_parameters_have_one_gradient_and_one_mean_of_it():
+    params = tied(init_params(TINY, seeded()))
+    _, gradients = loss_and_gradients(params, *examples(TINY, 8), TINY)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in distinct(params)]
+    expected = {str(i): 0.1 * gradient for i, gradient in enumerate(gradients)}  # the mean starts with 1 - 0.9 of it
+    _, opt_state = adamw_step(params, init_optimizer(params), gradients)
+    assert near({str(i): mean for i, mean in enumerate(distinct(opt_state.exp_avg))}, expected, 4)
 
-    def double(gradients):
-        seen.extend(gradient.clone() for gradient in gradients)
-        return [2 * gradient for gradient in gradients]
-    _, opt_state, _ = train_step(params, init_optimizer(params), *examples(TINY, 8), TINY, adjust=double)
-    assert [gradient.shape for gradient in seen] == [tensor.shape for tensor in distinct(params)]
-    moments = dict(zip(map(id, distinct(params)), distinct(opt_state.exp_avg), strict=True))
-    expected = {str(i): 0.1 * 2 * gradient for i, gradient in enumerate(seen)}  # the mean starts with 1 - 0.9 of it
-    assert near({str(i): mean for i, mean in enumerate(moments.values())}, expected, 4)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_its_two_halves(dtype):
+    params, (inputs, targets) = init_params(TINY, seeded()), examples(TINY, 8)
+    whole = train_step(copied(params), init_optimizer(params), inputs, targets, TINY, seeded(), lr=0.01,
+                       weight_decay=0.3, dtype=dtype)
+    loss, gradients = loss_and_gradients(params, inputs, targets, TINY, seeded(), dtype)
+    assert same(whole, (*adamw_step(params, init_optimizer(params), gradients, 0.01, 0.3), loss))
 
 
 # Tied weights
@@ -502,19 +502,15 @@ def test_gradients_shorter_than_the_limit_stay_as_they_are():
 
 
 def test_the_gradient_of_tied_weights_counts_once_when_it_is_clipped():
-    params, used = tied(cast(init_params(TINY, seeded()), torch.float64)), []
-
-    def clip(gradients):
-        used.extend(train.clip_gradients(gradients, 0.1))
-        return used
+    params = tied(cast(init_params(TINY, seeded()), torch.float64))
     reference = map_params(lambda tensor: torch.nn.Parameter(tensor.clone()), params)
     model = torch.nn.Module()
     for name, parameter in reference.items():
         model.register_parameter(name.replace(".", "_"), parameter)
     calc_loss(reference, *examples(TINY, 8), TINY).backward()
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.2
-    train_step(params, init_optimizer(params), *examples(TINY, 8), TINY, dtype=torch.float64, adjust=clip)
-    ours = dict(zip(map(str, range(len(used))), used, strict=True))
+    _, gradients = loss_and_gradients(params, *examples(TINY, 8), TINY, dtype=torch.float64)
+    ours = {str(i): gradient for i, gradient in enumerate(train.clip_gradients(gradients, 0.1))}
     assert near(ours, {str(i): parameter.grad for i, parameter in enumerate(model.parameters())}, 100)
 
 

@@ -3,6 +3,7 @@ import io
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ACCELERATOR, HERE, NEEDS_ACCELERATOR, ROUNDING, STORY, TINY, refused, same, seeded
+from conftest import (
+    ACCELERATOR,
+    HERE,
+    NEEDS_ACCELERATOR,
+    ROUNDING,
+    STORY,
+    TINY,
+    refused,
+    same,
+    seeded,
+)
 from gpt import Config, calc_loss, distinct, init_params
 from sample import flag, generate, gpt2_tokenizer
 from train import (
@@ -32,6 +43,7 @@ from train import (
     Settings,
     State,
     build_parser,
+    check_room,
     choose,
     draw_batches,
     dropout_generator,
@@ -1106,6 +1118,29 @@ def test_a_run_on_an_accelerator_goes_on_from_its_file_as_if_nothing_had_happene
     if config is WITHOUT_DROPOUT:  # the dropout of a CPU is another
         on_cpu = torch.tensor(advance(run, start_state(run, loaded)).evaluations)
         torch.testing.assert_close(losses[0], on_cpu, atol=0, rtol=tolerance)
+
+
+# The disk
+
+def test_a_run_starts_where_the_disk_has_room_for_a_checkpoint_and_the_next_one_beside_it(tmp_path):
+    path, free = tmp_path / "a.pth", shutil.disk_usage(tmp_path).free
+    for is_there in (False, True):
+        files = 1 if is_there else 2
+        for share, fits in ((0.5, True), (2.0, False)):  # of what is free; nothing is allocated
+            params = {"weight": torch.empty(int(share * free / files / 3), dtype=torch.uint8, device="meta")}
+            action = partial(check_room, str(path), params)
+            if fits:
+                action()
+            else:
+                refused(action, str(path), "MB are free", error=ValueError)
+        path.touch()
+
+
+def test_tied_parameters_need_their_room_once(tmp_path):
+    weight = torch.empty(int(0.8 * shutil.disk_usage(tmp_path).free / 6), dtype=torch.uint8, device="meta")
+    check_room(str(tmp_path / "a.pth"), {"tok_emb.weight": weight, "out_head.weight": weight})
+    refused(partial(check_room, str(tmp_path / "a.pth"), {"one": weight, "another": weight.clone()}), "MB are free",
+            error=ValueError)
 
 
 # A notebook

@@ -1,7 +1,10 @@
 """Pretraining: windows of text, the loss over a set, the training step, the run. `python train.py --help`
 
 A run is a sequence of states. What stays the same is a `Run`, what changes is a `State`, and `next_state` makes the
-next from the last: it prints nothing and saves nothing. `train` calls it again and again, prints, and saves.
+next from the last: it prints nothing and saves nothing. `train` calls it again and again, prints, and saves. The
+chapter's loops, over epochs and the batches of each, are in the number of steps that a state has behind it: the epoch
+is that number // steps_per_epoch, and the batch what remains. A step after which the chapter prints the losses makes
+two states, one after the training and one with the losses.
 
 The random numbers of a run come from one generator. Its state is part of the run's state, so a run that was saved goes
 on as if nothing had happened. On a CPU they are drawn in the chapter's order:
@@ -22,6 +25,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -35,8 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    # Threads that wait for another one spin. Where other programs want the processor too, the one that they wait for
-    # may not be running, so they must not spin for long. OpenMP reads this once, when torch is imported.
+    # For speed on a busy machine: see sample.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -84,8 +87,11 @@ PIECE = 2**20  # characters that are tokenized at a time
 
 @dataclass(frozen=True)
 class Settings(sample.Checked):
-    """What decides the course of a run besides the model. The defaults are the chapter's."""
-    # Each line is a name, a default, a rule and a help text.
+    """The options of a run, besides the model's. The defaults are the chapter's.
+
+    Each line is `name: type = option(default, what it may be, what it is)`. `option` and what may stand in it are about
+    command lines and come late in sample.py. The options after start_context are not the chapter's.
+    """
     data: tuple[str, ...] = option((STORY,), TEXTS, "UTF-8 text files")
     train_ratio: float = option(0.9, number(0, 1, above=True), "the part of the text to train on")
     context_length: int = option(256, whole(1), "tokens in a window, and the most that a fresh model can see")
@@ -98,22 +104,23 @@ class Settings(sample.Checked):
     min_lr: float | None = option(None, number(0), "what the rate falls to, along a cosine, until the last step")
     max_norm: float | None = option(None, number(0, above=True), "the length to which the gradient is clipped, "
                                     "after the warm-up")
-    dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, which is exact, or "
-                        "bfloat16, which is faster on processors that have units for it")
     seed: int = option(123, whole(0, 2**63 - 1), "of every random draw")
     eval_freq: int = option(5, whole(1), "steps between evaluations")
     eval_iter: int = option(5, whole(1), "batches of each set in an evaluation")
     start_context: str = option("Every effort moves you", TEXT, "what the samples continue")
-    save_every: int = option(0, whole(0), "steps between saves; 0: at the start and at the end")
+    dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, which is exact, or "
+                        "bfloat16, which is faster on processors that have units for it")
+    save_every: int = option(0, whole(0), "steps between saves, besides those at the start and the end; 0: none")
     plot: str = option("loss.png", PICTURE, "the picture of the losses: .png, .pdf or .svg")
     best: str | None = option(None, TEXT, "where the model with the lowest validation loss is kept, if anywhere")
 
 
 class Processes(NamedTuple):
-    """This process among those that train together, each on its part of every batch. The default is one process.
+    """For torchrun: this process among those that train together, each on its part of every batch.
 
-    With one process nothing here matters. gather(value) is the list of every process's value. average(gradients) may
-    write into the gradients. launcher is the process id of torchrun, by which a restarted run knows its own file.
+    The default is one process, for which gather and average do nothing. gather(value) is the list of every process's
+    value. average(gradients) may write into the gradients. launcher is the process id of torchrun, by which a restarted
+    run knows its own file.
     """
     rank: int = 0
     size: int = 1
@@ -131,7 +138,7 @@ class Run(NamedTuple):
     settings: Settings
     train_windows: np.ndarray
     val_windows: np.ndarray
-    text_hash: str
+    text_hash: str  # of the windows, so that a saved run does not go on with others
     tokenizer: tiktoken.Encoding
     processes: Processes = ONE_PROCESS
 
@@ -149,11 +156,11 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes through a run, and all that the rest of it depends on."""
+    """What changes through a run. With this and its `Run`, a run can go on as if it had never stopped."""
     params: Params
     opt_state: OptState
     generator_state: Tensor
-    order: Tensor | None = None   # the numbers of the windows in every batch of this epoch: (steps an epoch, B)
+    order: Tensor | None = None   # the indices of the windows in each batch of this epoch: (steps_per_epoch, B)
     evaluations: tuple[tuple[int, float, float], ...] = ()  # tokens seen, training loss, validation loss
     loss: float | None = None     # of the last batch
 
@@ -179,8 +186,8 @@ def read_text(paths: Sequence[str | Path]) -> str:
 
 def tokenize(text: str, tokenizer: tiktoken.Encoding, piece: int = PIECE) -> np.ndarray:
     """The token ids of a text, as 16-bit integers: those of `text_to_token_ids`, by all processors (section 5.1.3)."""
-    # No token holds both a word and the blank after it, so the text can be cut there: into pieces of `piece` characters
-    # and the rest of a word.
+    # To GPT-2 a blank is part of the word after it, so a text can be cut after a word and gives the same tokens. It is
+    # cut into pieces of `piece` characters and the rest of a word.
     pieces = re.findall(rf"(?s).{{{piece}}}.*?\S(?=[ \n])|.*", text)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tokens = pool.map(
@@ -217,11 +224,11 @@ def make_run(text: str, config: Config, settings: Settings, processes: Processes
 
 
 def draw_batches(n: int, batch_size: int, generator: torch.Generator, shuffle: bool) -> tuple[Tensor, ...]:
-    """For each batch of a pass over n windows, the indices of its windows (B,), drawn as the chapter does (5.1.3).
+    """For each batch of a pass over n windows, the indices of its windows (B,): as DataLoader draws them (5.1.3).
 
     A shuffled pass, for training, drops the last batch if it is not full.
     """
-    # DataLoader draws a seed for its worker processes, even where it has none, and then one for the order, if any.
+    # DataLoader draws a seed for its worker processes, even without any, and, if it shuffles, a seed for the order.
     seeds = torch.empty(2 if shuffle else 1, dtype=torch.int64).random_(generator=generator)
     if not shuffle:
         return torch.split(torch.arange(n), batch_size)
@@ -265,40 +272,60 @@ def evaluate_model(params: Params, run: Run, generator: torch.Generator,
 # The training step
 
 def init_optimizer(params: Params) -> OptState:
-    """AdamW's state before the first step: all 0 (section 5.2)."""
+    """AdamW's state before the first step: both running means of each gradient are 0 (section 5.2)."""
     return OptState(0, map_params(torch.zeros_like, params), map_params(torch.zeros_like, params))
 
 
-def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
-               generator: torch.Generator | None = None, *, lr: float = LEARNING_RATE,
-               weight_decay: float = WEIGHT_DECAY, dtype: torch.dtype = torch.float32,
-               adjust: Callable[[list[Tensor]], list[Tensor]] | None = None) -> tuple[Params, OptState, Tensor]:
-    """Parameters and optimizer state after one step of AdamW, and what the loss of this batch was (section 5.2).
+def loss_and_gradients(params: Params, inputs: Tensor, targets: Tensor, config: Config,
+                       generator: torch.Generator | None = None,
+                       dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a batch, a scalar, and its gradient with respect to each distinct tensor of the parameters.
 
-    inputs and targets are (B, T). Without a generator there is no dropout. To save memory, the new values are written
-    into the tensors that were passed: use only what is returned. The model computes in `dtype`, the parameters keep
-    theirs. `adjust`, if given, turns the gradients, one for each distinct tensor, into those to use.
-    FloatingPointError, with nothing written, if the loss is infinite or nan.
+    inputs and targets are (B, T). Without a generator there is no dropout. The model computes in `dtype`; the gradients
+    have the type of the parameters. FloatingPointError if the loss is infinite or nan.
     """
-    leaves = map_params(lambda tensor: tensor.detach().requires_grad_(), params)  # in the same memory as the parameters
+    leaves = map_params(lambda tensor: tensor.detach().requires_grad_(), params)
     loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config, generator)
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is {loss.item()}")
     # Contiguous, as AdamW's fused kernel and an average over processes need them.
-    gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, distinct(leaves))]
-    if adjust is not None:
-        gradients = adjust(gradients)
+    return loss.detach(), [gradient.contiguous() for gradient in torch.autograd.grad(loss, distinct(leaves))]
+
+
+@torch.no_grad()
+def adamw_step(params: Params, opt_state: OptState, gradients: list[Tensor], lr: float = LEARNING_RATE,
+               weight_decay: float = WEIGHT_DECAY) -> tuple[Params, OptState]:
+    """Parameters and optimizer state after one step of AdamW, from one gradient for each distinct tensor.
+
+    To save memory, the new values are written into the tensors that were passed: use only what is returned.
+    """
     # The function behind torch.optim.AdamW, which wants the number of steps as a tensor for each parameter.
-    steps = list(torch.full((len(gradients),), float(opt_state.step), device=loss.device))
-    with torch.no_grad():
-        adamw(distinct(leaves), gradients, distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq),
-              max_exp_avg_sqs=[], state_steps=steps, fused=True, amsgrad=False, maximize=False,
-              beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=lr, weight_decay=weight_decay)
-    return params, opt_state._replace(step=opt_state.step + 1), loss.detach()  # all with the new values in them
+    steps = list(torch.full((len(gradients),), float(opt_state.step), device=gradients[0].device))
+    adamw(distinct(params), gradients, distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq),
+          max_exp_avg_sqs=[], state_steps=steps, fused=True, amsgrad=False, maximize=False,
+          beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=lr, weight_decay=weight_decay)
+    return params, opt_state._replace(step=opt_state.step + 1)
+
+
+def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Tensor, config: Config,
+               generator: torch.Generator | None = None, *, lr: float = LEARNING_RATE,
+               weight_decay: float = WEIGHT_DECAY,
+               dtype: torch.dtype = torch.float32) -> tuple[Params, OptState, Tensor]:
+    """Parameters and optimizer state after one step of training, and what the loss of this batch was (section 5.2).
+
+    Arguments and errors are those of its two halves, `loss_and_gradients` and `adamw_step`. After an error nothing was
+    written; else use only what is returned.
+    """
+    loss, gradients = loss_and_gradients(params, inputs, targets, config, generator, dtype)
+    params, opt_state = adamw_step(params, opt_state, gradients, lr, weight_decay)
+    return params, opt_state, loss
 
 
 def learning_rate(step: int, total_steps: int, settings: Settings) -> float:
-    """The learning rate of a step, counted from 0: a linear warm-up, then a cosine down to min_lr (appendix D)."""
+    """The learning rate of a step, counted from 0 (section 5.2 and appendix D).
+
+    The chapter's is constant. With warmup_steps it first grows up to that, with min_lr it then falls along a cosine.
+    """
     warmup, peak = settings.warmup_steps, settings.lr
     if step < warmup:
         return settings.initial_lr + step * (peak - settings.initial_lr) / warmup
@@ -323,44 +350,25 @@ def start_state(run: Run, loaded: Checkpoint | None = None, device: torch.device
     Without a run in the checkpoint, a new one starts from its parameters and, if it has one, its optimizer's state.
     """
     generator = torch.Generator().manual_seed(run.settings.seed)
-    params = init_params(run.config, generator) if loaded is None else loaded.params
+    if loaded is None:
+        loaded = Checkpoint(init_params(run.config, generator), run.config)
 
-    def own(tensor: Tensor) -> Tensor:  # a copy: training writes into it
+    def copied(tensor: Tensor) -> Tensor:  # because training writes into it
         return tensor.to(device, torch.float32, copy=True)
 
-    params = map_params(own, params)
-    opt_state = init_optimizer(params)
-    if loaded is not None and loaded.opt_state is not None:
-        step, *moments = loaded.opt_state
-        opt_state = OptState(step, *(map_params(own, each) for each in moments))
+    params = map_params(copied, loaded.params)
+    if loaded.opt_state is None:
+        opt_state = init_optimizer(params)
+    else:
+        step, exp_avg, exp_avg_sq = loaded.opt_state
+        opt_state = OptState(step, map_params(copied, exp_avg), map_params(copied, exp_avg_sq))
     state = State(params, opt_state, generator.get_state())
-    if loaded is None or "text_hash" not in loaded.run:
+    if "text_hash" not in loaded.run:
         return state
     if loaded.run["text_hash"] != run.text_hash:
         raise ValueError(f"it was made with other data than {' '.join(run.settings.data)}; to start a new run from its "
                          "model, use --weights and another --checkpoint")
     return restore(run, state, loaded.run)
-
-
-def restore(run: Run, state: State, saved: dict[str, Any]) -> State:
-    """The state with what was saved beside parameters and moments; ValueError if that is damaged."""
-    try:
-        generator = torch.Generator()
-        generator.set_state(saved["generator_state"])
-        evaluations = tuple((int(tokens), float(train_loss), float(val_loss))
-                            for tokens, train_loss, val_loss in saved["evaluations"])
-        order, shape = saved["order"], (run.steps_per_epoch, run.settings.batch_size)
-        if order is not None:
-            order = order.clone()  # so that nothing stays mapped to the file
-            if order.shape != shape or order.dtype != torch.int64 or not 0 <= order.min() <= order.max() < len(
-                    run.train_windows):
-                raise ValueError
-        loss = None if saved["loss"] is None else float(saved["loss"])
-        if loss is not None and state.opt_state.step == 0:  # a step was done, but the optimizer's state is missing
-            raise ValueError
-        return State(state.params, state.opt_state, generator.get_state(), order, evaluations, loss)
-    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
-        raise ValueError("the state of the run in it is damaged") from None
 
 
 def to_checkpoint(run: Run, state: State) -> Checkpoint:
@@ -380,7 +388,9 @@ def next_state(run: Run, state: State) -> State:
     """
     generator = torch.Generator()
     generator.set_state(state.generator_state)
-    return (evaluated if is_evaluation_due(run, state) else trained)(run, state, generator)
+    if is_evaluation_due(run, state):
+        return evaluated(run, state, generator)
+    return trained(run, state, generator)
 
 
 def evaluated(run: Run, state: State, generator: torch.Generator) -> State:
@@ -402,18 +412,17 @@ def trained(run: Run, state: State, generator: torch.Generator) -> State:
         batches = draw_batches(len(run.train_windows), settings.batch_size, generator, shuffle=True)
         order = processes.gather(torch.stack(batches))[0]  # the first process's, for all
     device = state.params["tok_emb.weight"].device
-    inputs, targets = get_batch(run.train_windows, order[index].chunk(processes.size)[processes.rank], device)
+    indices = order[index].chunk(processes.size)[processes.rank]  # of one process: all
+    inputs, targets = get_batch(run.train_windows, indices, device)
 
-    def adjust(gradients: list[Tensor]) -> list[Tensor]:
-        gradients = processes.average(gradients)
-        if settings.max_norm is None or step < settings.warmup_steps:
-            return gradients
-        return clip_gradients(gradients, settings.max_norm)
-
-    params, opt_state, loss = train_step(
-        state.params, state.opt_state, inputs, targets, run.config, dropout_generator(run, step, generator, device),
-        lr=learning_rate(step, run.total_steps, settings), weight_decay=settings.weight_decay,
-        dtype=getattr(torch, settings.dtype), adjust=adjust)
+    # This is `train_step`, with what is done to the gradients between its halves.
+    draws, dtype = dropout_generator(run, step, generator, device), getattr(torch, settings.dtype)
+    loss, gradients = loss_and_gradients(state.params, inputs, targets, run.config, draws, dtype)
+    gradients = processes.average(gradients)
+    if settings.max_norm is not None and step >= settings.warmup_steps:
+        gradients = clip_gradients(gradients, settings.max_norm)
+    params, opt_state = adamw_step(state.params, state.opt_state, gradients,
+                                   learning_rate(step, run.total_steps, settings), settings.weight_decay)
     return State(params, opt_state, generator.get_state(), order, state.evaluations, loss.item())
 
 
@@ -425,8 +434,8 @@ def is_logged(run: Run, step: int) -> bool:
 def is_evaluation_due(run: Run, state: State) -> bool:
     """Whether this state's losses are wanted, for the log or at the end of the run, and not among its evaluations."""
     step = state.opt_state.step
-    evaluated = bool(state.evaluations) and state.evaluations[-1][0] == step * run.tokens_per_step
-    return not evaluated and (is_logged(run, step) or step == run.total_steps)
+    is_done = bool(state.evaluations) and state.evaluations[-1][0] == step * run.tokens_per_step
+    return not is_done and (is_logged(run, step) or step == run.total_steps)
 
 
 def is_finished(run: Run, state: State) -> bool:
@@ -447,13 +456,13 @@ def dropout_generator(run: Run, step: int, generator: torch.Generator, device: t
 
 def log_lines(run: Run, state: State) -> list[str]:
     """The lines of the chapter's log that belong to a state: its losses, and a sample at the end of an epoch."""
-    if is_evaluation_due(run, state) or state.opt_state.step == 0:
+    steps, lines = state.opt_state.step, []
+    if steps == 0 or is_evaluation_due(run, state):  # the lines come with the next state: the same with its losses
         return []
-    lines, step = [], state.opt_state.step - 1  # the number of the last step: the chapter counts from 0
-    epoch, index = divmod(step, run.steps_per_epoch)
-    if is_logged(run, state.opt_state.step):
+    epoch, index = divmod(steps - 1, run.steps_per_epoch)  # of the last step: the chapter counts from 0
+    if is_logged(run, steps):
         _, train_loss, val_loss = state.evaluations[-1]
-        lines.append(f"Ep {epoch + 1} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+        lines.append(f"Ep {epoch + 1} (Step {steps - 1:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
     if index == run.steps_per_epoch - 1:
         params = compute_in(state.params, getattr(torch, run.settings.dtype))
         prompt = text_to_token_ids(run.settings.start_context, run.tokenizer).to(params["tok_emb.weight"].device)
@@ -486,16 +495,16 @@ def train(run: Run, state: State, checkpoint: str | None = None, signals: Sequen
     """The last state of a run: at its end, or after the step in which a signal came (section 5.2).
 
     Prints the chapter's log. With a checkpoint, saves there at the start, every save_every steps and at the end, and
-    draws the losses. Of several processes, the first alone prints and saves. `signals` is a list that is not empty when
-    a signal has come; without one, signals are caught. An error is raised after saving what was reached, but not a
-    FloatingPointError, of a loss that is infinite or nan: then the file stays as it is.
+    draws the losses. Of several processes, the first alone prints and saves. An error is raised after saving what was
+    reached; but when a loss is infinite or nan, a FloatingPointError is raised and the file stays as it is. `signals`
+    is for a caller who catches signals: a list that gets an item when one has come.
     """
     if signals is None:
         with caught_signals() as signals:
             return train(run, state, checkpoint, signals)
     leader, tokens = run.processes.rank == 0, run.tokens_per_step
     if leader and checkpoint and state.opt_state.step == 0:
-        save_state(run, state, checkpoint)  # if the disk can't take it, it is better to know now
+        save_state(run, state, checkpoint)  # if nothing can be written there, it is better to know now
     try:
         with tqdm(desc="training", total=run.total_steps * tokens, initial=state.opt_state.step * tokens,
                   unit=" tokens", unit_scale=True, disable=None if leader else True) as bar:
@@ -507,14 +516,14 @@ def train(run: Run, state: State, checkpoint: str | None = None, signals: Sequen
                         save_state(run, state, checkpoint)
                     if run.settings.best and is_best(run, state):
                         save_state(run, state, run.settings.best)
-        if leader and checkpoint:
-            finish(run, state, checkpoint)
     except FloatingPointError as error:
         raise FloatingPointError(f"after {state.opt_state.step} steps {error}") from None
     except Exception:
         if leader and checkpoint:
             finish(run, state, checkpoint)
         raise
+    if leader and checkpoint:
+        finish(run, state, checkpoint)
     return state
 
 
@@ -529,6 +538,27 @@ def report(run: Run, state: State, bar: "tqdm[Any]") -> None:
 
 
 # ---- The chapter ends here. What follows is around it: saving, signals, other processes and the options. ----
+
+def restore(run: Run, state: State, saved: dict[str, Any]) -> State:
+    """The state with what was saved beside parameters and moments; ValueError if that is damaged."""
+    try:
+        generator = torch.Generator()
+        generator.set_state(saved["generator_state"])
+        evaluations = tuple((int(tokens), float(train_loss), float(val_loss))
+                            for tokens, train_loss, val_loss in saved["evaluations"])
+        order, shape = saved["order"], (run.steps_per_epoch, run.settings.batch_size)
+        if order is not None:
+            order = order.clone()  # so that nothing stays mapped to the file
+            if order.shape != shape or order.dtype != torch.int64 or not 0 <= order.min() <= order.max() < len(
+                    run.train_windows):
+                raise ValueError
+        loss = None if saved["loss"] is None else float(saved["loss"])
+        if loss is not None and state.opt_state.step == 0:  # a step was done, but the optimizer's state is missing
+            raise ValueError
+        return State(state.params, state.opt_state, generator.get_state(), order, evaluations, loss)
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+        raise ValueError("the state of the run in it is damaged") from None
+
 
 def is_save_due(run: Run, state: State) -> bool:
     """Whether the settings say to save after this step; with its evaluation, where one is due."""
@@ -658,7 +688,7 @@ def together() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Files(sample.Options):
-    """The options of this command line that say where things come from and go to."""
+    """The options that say what a run starts from, where it is saved, and on which device it is done."""
     checkpoint: str = option("model.pth", TEXT, "where the run is saved")
     resume: bool = option(False, sample.YES, "go on from --checkpoint, with its settings unless others are given")
     overwrite: bool = option(False, sample.YES, "replace --checkpoint if it is there")
@@ -668,11 +698,6 @@ class Files(sample.Options):
         super().__post_init__()
         if self.resume and self.weights:
             raise ValueError("--resume goes on from --checkpoint and --weights starts a new run: give one of them")
-
-    @property
-    def origin(self) -> str | None:
-        """What the run starts from, if not from nothing."""
-        return self.checkpoint if self.resume else self.weights
 
 
 @dataclass(frozen=True)
@@ -693,11 +718,6 @@ def build_parser() -> argparse.ArgumentParser:
                              {"the run": Settings, "files and device": Files, "the model": ModelOptions})
 
 
-def saved_settings(loaded: Checkpoint | None) -> Any:
-    """The settings of the run that was loaded, unchecked; an empty dict if there are none."""
-    return loaded.run.get("settings", {}) if loaded else {}
-
-
 def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None) -> tuple[Settings, Config]:
     """Settings and configuration: what was typed lies over what was loaded, and that over the chapter's defaults.
 
@@ -707,10 +727,8 @@ def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None)
     typed_settings = {name: value for name, value in typed.items() if name not in names}
     typed_model = {name: value for name, value in typed.items() if name in names}
     model = asdict(loaded.config if loaded else GPT_CONFIG_124M)
-    saved = saved_settings(loaded)
-    if not isinstance(saved, dict):
-        raise ValueError(f"{origin}: its settings are damaged")
-    fixed = {name: model[name] for name in ("emb_dim", "n_heads", "n_layers", "qkv_bias") if loaded}
+    saved = loaded.run.get("settings", {}) if loaded else {}
+    fixed = {name: model[name] for name in ("emb_dim", "n_layers", "qkv_bias") if loaded}  # n_heads: see load_model
     fixed |= {name: saved[name] for name in ("batch_size", "context_length", "seed", "train_ratio") if name in saved}
     for name, value in fixed.items():
         if name in typed and typed[name] != value:
@@ -733,25 +751,36 @@ def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None)
     return settings, replace(loaded.config, drop_rate=typed.get("drop_rate", model["drop_rate"]))
 
 
-def check_outputs(files: Files, settings: Settings, own: Sequence[str | None]) -> None:
-    """Raises a ValueError if a file would be written over another that is not the run's own, or can't be written."""
-    models = [Path(files.checkpoint), *([Path(settings.best)] if settings.best else [])]
-    plot, texts = Path(settings.plot), {Path(path).resolve() for path in settings.data}
-    if len({path.resolve() for path in (*models, plot, *texts)}) < len(models) + 1 + len(texts):
+def check_outputs(files: Files, settings: Settings, replaceable: Sequence[str | None]) -> None:
+    """Raises a ValueError if a file can't be written, or would be written over one that is not replaceable."""
+    texts = {Path(path).resolve() for path in settings.data}
+    outputs = [Path(path) for path in (files.checkpoint, settings.best, settings.plot) if path]
+    if len(texts | {path.resolve() for path in outputs}) < len(texts) + len(outputs):  # two are the same file
         raise ValueError("--checkpoint, --best and --plot must be different files, and none of --data")
-    for path in (*models, plot):
+    for path in outputs:
+        is_plot = path == Path(settings.plot)
         if not path.parent.is_dir():
             raise ValueError(f"{path} can't be written: there is no folder {path.parent}")
-        if path.exists() and not (path.is_file() and (path == plot or zipfile.is_zipfile(path))):
-            kind = "picture" if path == plot else "checkpoint"
+        if not path.exists():
+            continue
+        if not path.is_file() or not (is_plot or zipfile.is_zipfile(path)):
+            kind = "picture" if is_plot else "checkpoint"
             raise ValueError(f"{path} is there and is no {kind}: it will not be overwritten")
-        if path.exists() and path != plot and str(path) not in own and not files.overwrite:
+        if not is_plot and str(path) not in replaceable and not files.overwrite:
             raise ValueError(f"{path} is there: --resume goes on with it, --overwrite replaces it, or use another name")
+
+
+def check_room(path: str, params: Params) -> None:
+    """Raises a ValueError if the disk of this checkpoint has no room for two: a new one is written beside the old."""
+    size = 3 * sum(tensor.nbytes for tensor in distinct(params))  # each parameter with its two running means
+    needed, free = size if os.path.exists(path) else 2 * size, shutil.disk_usage(Path(path).resolve().parent).free
+    if free < needed:
+        raise ValueError(f"{path} needs {needed / 1e6:,.0f} MB of its disk, where {free / 1e6:,.0f} MB are free")
 
 
 def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes: Processes) -> tuple[Run, State]:
     """The run that was asked for, and the state in which it begins."""
-    loaded, origin = None, files.origin
+    loaded, origin = None, files.checkpoint if files.resume else files.weights
     for rank in range(processes.size):  # one after the other: the first one downloads, the others find it
         if origin and rank == processes.rank:
             loaded = load_model(origin, typed.get("n_heads"), files.size, files.models_dir, files.base_url,
@@ -761,8 +790,8 @@ def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes
     if settings.batch_size % processes.size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {processes.size} processes")
     if processes.rank == 0 and settings.epochs:
-        own = (files.checkpoint, saved_settings(loaded).get("best")) if files.resume else ()
-        check_outputs(files, settings, own)
+        replaceable = (files.checkpoint, loaded.run.get("settings", {}).get("best")) if files.resume and loaded else ()
+        check_outputs(files, settings, replaceable)
     try:
         text = read_text(settings.data)
     except FileNotFoundError as error:
@@ -776,6 +805,8 @@ def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes
         raise ValueError(f"{origin}: {error}") from None
     if len(set(processes.gather((config, state.opt_state.step, run.text_hash)))) > 1:
         raise ValueError("the processes do not have the same checkpoint and data")
+    if processes.rank == 0 and settings.epochs:
+        check_room(files.checkpoint, state.params)
     if processes.rank == 0:
         say(*(loaded.notes if loaded else ()))
     return run, state

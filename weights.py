@@ -1,6 +1,7 @@
 """Parameters in and out of files: our checkpoints, the chapter's, Hugging Face's, and the ones that OpenAI published.
 
-What is read is checked before it is returned, and nothing in a file is ever run. A file gets its name when it is whole.
+What is read is checked before it is returned, and nothing in a file is ever run. What is written has another name until
+it is whole.
 """
 import base64
 import hashlib
@@ -33,14 +34,14 @@ OPENAI_FILES = ("hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00
 RETRY_PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt of a download that broke
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 4e-4, 0.1, (0.9, 0.999), 1e-8  # of AdamW in the chapter
 
-# Our names for the parts of Hugging Face's names. What is missing here, c_attn, is query, key and value side by side.
+# Our names for the parts of Hugging Face's names. What is missing here, c_attn, is query, key and value in one.
 GPT2_NAMES = {"h.": "trf_blocks.", "wte.": "tok_emb.", "wpe.": "pos_emb.", "lm_head.": "out_head.",
               "ln_1.weight": "norm1.scale", "ln_1.bias": "norm1.shift", "ln_2.weight": "norm2.scale",
               "ln_2.bias": "norm2.shift", "ln_f.weight": "final_norm.scale", "ln_f.bias": "final_norm.shift",
               "attn.c_proj.": "att.out_proj.", "mlp.c_fc.": "ff.layers.0.", "mlp.c_proj.": "ff.layers.2."}
 
 
-# What may be told in Hugging Face's config.json and would make it another model.
+# What GPT-2 has where Hugging Face's config.json tells these. With other values it would be another model.
 HUGGINGFACE_SETTINGS = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
                         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
 
@@ -165,9 +166,8 @@ def adamw_state_dict(opt_state: OptState, settings: dict[str, Any]) -> dict[str,
     moments = zip(distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq), strict=True)
     state = {i: {"step": torch.tensor(float(opt_state.step)), "exp_avg": mean, "exp_avg_sq": mean_of_squares}
              for i, (mean, mean_of_squares) in enumerate(moments)}
-    options = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY} | {
-        name: settings[name] for name in ("lr", "weight_decay") if name in settings}
-    example = torch.optim.AdamW([torch.zeros(1)], betas=BETAS, eps=EPS, **options)  # it knows all other options
+    example = torch.optim.AdamW([torch.zeros(1)], lr=settings.get("lr", LEARNING_RATE), betas=BETAS, eps=EPS,
+                                weight_decay=settings.get("weight_decay", WEIGHT_DECAY))  # it knows all other options
     return {"state": state, "param_groups": [example.state_dict()["param_groups"][0] | {"params": list(state)}]}
 
 
@@ -194,10 +194,12 @@ def load_checkpoint(path: str | Path, n_heads: int | None = None, with_run: bool
             config = infer_config(given, path.with_name("config.json"), n_heads, notes)
         params = check_params(from_gpt2(given.items()) if "wte.weight" in given else given, config)
         opt_state, run = None, dict(content.get("run", {}) if with_run else {})
+        if not isinstance(run.get("settings", {}), dict):
+            raise ValueError("its settings are damaged")
         if with_run and "optimizer_state_dict" in content:
-            opt_state, group = read_adamw(content["optimizer_state_dict"], list(given), params, notes)
+            opt_state, options = read_adamw(content["optimizer_state_dict"], list(given), params, config, notes)
             if opt_state is not None and "run" not in content:
-                run["settings"] = {name: float(group[name]) for name in ("lr", "weight_decay")}
+                run["settings"] = {name: float(options[name]) for name in ("lr", "weight_decay")}
         return Checkpoint(params, config, opt_state, run, tuple(f"{path}: {note}" for note in notes))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -230,16 +232,14 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 def read_torch(path: Path, zipped: bool) -> dict[str, Any]:
     """What torch.save wrote, without running anything in it; before 2020 it was no zip file."""
+    if zipped:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
     load = partial(torch.load, path, map_location="cpu", weights_only=True)
     content: dict[str, Any]
-    if not zipped:
-        content = load()
-        return content
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-        if archive.testzip() is not None:
-            raise zipfile.BadZipFile
     try:
-        content = load(mmap=True)
+        content = load(mmap=zipped)
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
@@ -293,7 +293,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: it is not a JSON object") from None
 
 
-def read_adamw(optimizer: dict[str, Any], names: list[str], params: Params,
+def read_adamw(optimizer: dict[str, Any], names: list[str], params: Params, config: Config,
                notes: list[str]) -> tuple[OptState | None, dict[str, Any]]:
     """AdamW's state out of an optimizer's state_dict, and the options of its first group.
 
@@ -314,16 +314,18 @@ def read_adamw(optimizer: dict[str, Any], names: list[str], params: Params,
             raise ValueError("it is not AdamW with one number of steps")
         moments = []
         for kind in ("exp_avg", "exp_avg_sq"):
-            found = {name: assign(params[name], state[key][kind]) for name, key in zip(owners, keys, strict=True)}
+            found = {name: state[key][kind] for name, key in zip(owners, keys, strict=True)}
             if tied:
                 found["out_head.weight"] = found["tok_emb.weight"]
-            moments.append({name: found[name] for name in params})
+            moments.append(check_params(found, config))
     except (AttributeError, KeyError, OverflowError, StopIteration, TypeError, ValueError):
         notes.append("its optimizer is not AdamW over all of these parameters: AdamW's moments start anew")
         return None, groups[0]
     if tuple(groups[0].get("betas", BETAS)) != BETAS or groups[0].get("eps", EPS) != EPS:
         notes.append(f"its AdamW has betas {groups[0].get('betas')} and eps {groups[0].get('eps')}, which become "
                      f"{BETAS} and {EPS}")
+    differing = [name for name in ("lr", "weight_decay") if len({group.get(name) for group in groups}) > 1]
+    notes += [f"its AdamW has several values of {name}: all parameters get {groups[0][name]}" for name in differing]
     return OptState(steps.pop(), *moments), groups[0]
 
 
@@ -396,7 +398,7 @@ def from_gpt2(given: Iterable[tuple[str, Tensor]]) -> Params:
             name = name.replace(theirs, ours)
         if name.startswith("trf_blocks") and value.ndim == 2:
             value = value.T  # (out, in)
-        if "attn.c_attn." in name:  # (3 E, E) or, of a bias, (3 E,): query, key and value one below the other
+        if "attn.c_attn." in name:  # now (3 E, E) or, of a bias, (3 E,): query, key and value, one below the other
             for part, third in zip(QUERY_KEY_VALUE, value.tensor_split(3), strict=True):
                 params[name.replace("attn.c_attn.", f"att.{part}.")] = third.contiguous()
         else:
@@ -460,12 +462,10 @@ def read_openai(folder: Path) -> tuple[Params, Config]:
 
 def huggingface_name(variable: str) -> str:
     """What Hugging Face calls a variable of OpenAI's: "h.0.attn.c_attn.weight" for "model/h0/attn/c_attn/w"."""
-    name = re.sub(r"^model/(h(?=\d))?", lambda start: "h." if start[1] else "", variable).replace("/", ".")
-    endings = {".w": ".weight", ".g": ".weight", ".b": ".bias", "wte": "wte.weight", "wpe": "wpe.weight"}
-    for ending, theirs in endings.items():
-        if name.endswith(ending):
-            return name.removesuffix(ending) + theirs
-    return name
+    name = variable.removeprefix("model/").replace("/", ".")
+    name = re.sub(r"^h(?=\d)", "h.", name)
+    name = re.sub(r"\.[wg]$|(?<=wte|wpe)$", ".weight", name)
+    return re.sub(r"\.b$", ".bias", name)
 
 
 def download_openai(size: str, models_dir: str | Path = "gpt2", base_url: str = OPENAI_URL) -> Path:
