@@ -724,6 +724,13 @@ def test_a_checkpoint_can_be_read_without_its_run(tmp_path):
     assert same(load_checkpoint(tmp_path / "a.pth", with_run=False), Checkpoint(params, CONFIG))
 
 
+@pytest.mark.parametrize("settings", [None, 1, "lr", [1, 2], torch.zeros(2)])
+def test_settings_that_are_no_dict_are_called_damaged(tmp_path, settings):
+    save_checkpoint(tmp_path / "a.pth", Checkpoint(init_params(CONFIG, seeded()), CONFIG, run={"settings": settings}))
+    refused(lambda: load_checkpoint(tmp_path / "a.pth"), "a.pth: its settings are damaged", error=ValueError)
+    assert load_checkpoint(tmp_path / "a.pth", with_run=False).config == CONFIG  # whose parameters are whole
+
+
 def test_200_damaged_checkpoints_are_refused_or_equal(tmp_path):
     params, opt_state = trained()
     path, rng = tmp_path / "a.pth", random.Random(0)
