@@ -183,7 +183,7 @@ TEXT = Rule(str, "a text that is not empty", lambda value: isinstance(value, str
 TEXTS = Rule(str, "one or more names",
              lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(TEXT.allows, value)))
 PICTURE = Rule(str, "a name that ends in .png, .pdf or .svg",
-               lambda value: TEXT.allows(value) and value.endswith((".png", ".pdf", ".svg")))
+               lambda value: TEXT.allows(value) and Path(value).suffix in (".png", ".pdf", ".svg"))
 YES = Rule(bool, "True or False", lambda value: isinstance(value, bool))
 
 

@@ -203,6 +203,17 @@ def test_a_resumed_run_may_replace_its_own_best_model(tmp_path):
     assert (tmp_path / "best.pth").read_bytes() != before
 
 
+def test_a_run_that_goes_on_in_another_folder_leaves_a_best_model_there_alone(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    assert run(here, f"train.py {SMALL} --epochs 1 --eval-freq 100 --best best.pth").status == 0
+    before = (here / "best.pth").read_bytes()
+    (there / "best.pth").write_bytes(before)
+    assert run(there, "train.py --resume --checkpoint ../here/model.pth --epochs 2").status == 0
+    assert (there / "best.pth").read_bytes() == before != (here / "best.pth").read_bytes()
+
+
 def test_a_run_that_starts_from_a_model_leaves_its_file_alone(model):
     before = model.read_bytes()
     status, out, _ = run(model.parent, "train.py --weights model.pth --checkpoint new.pth --context-length 4 "
@@ -404,7 +415,8 @@ def test_signals_that_are_ignored_stay_so_and_a_second_ctrl_c_is_the_systems_own
             signal.raise_signal(signal.SIGHUP)
             assert caught == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             signal.raise_signal(signal.SIGUSR1)
-            assert caught == [signal.SIGUSR1]
+            signal.raise_signal(signal.SIGTERM)  # the first one asks, whatever came before
+            assert caught == [signal.SIGUSR1, signal.SIGTERM]
             assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert {number: signal.getsignal(number) for number in before} == before
@@ -808,7 +820,7 @@ MISTAKES = [
     ("train.py --checkpoint run.pth", "run.pth is there: --resume goes on with it, --overwrite replaces it"),
     ("train.py --best run.pth", "run.pth is there", "another name"),
     ("train.py --checkpoint absent/model.pth", "absent/model.pth can't be written: there is no folder absent"),
-    ("train.py --best absent/best.pth", "absent/best.pth can't be written: there is no folder absent"),
+    ("train.py --best absent/best.pth", "absent/best.pth can't be written: there is no folder", "absent"),
     ("train.py --plot absent/loss.png", "absent/loss.png can't be written: there is no folder absent"),
     ("train.py --checkpoint empty.txt/model.pth", "empty.txt/model.pth can't be written"),
     ("train.py --checkpoint absent/m.pth/", "absent/m.pth can't be written"),
@@ -817,6 +829,7 @@ MISTAKES = [
     ("train.py --checkpoint latin1.txt --overwrite", "latin1.txt is there and is no checkpoint"),
     ("train.py --checkpoint ''", "is no checkpoint"),
     ("train.py --plot loss.txt", "--plot", "loss.txt", ".png, .pdf or .svg"),
+    ("train.py --plot .png", "--plot", "'.png'", ".png, .pdf or .svg"),
     ("train.py --plot x.png --checkpoint x.png", "different files"),
     ("train.py --best x.pth --checkpoint ./x.pth", "different files"),
     ("train.py --data story.txt --checkpoint story.txt --overwrite", "different files"),

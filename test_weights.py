@@ -724,6 +724,15 @@ def test_a_checkpoint_can_be_read_without_its_run(tmp_path):
     assert same(load_checkpoint(tmp_path / "a.pth", with_run=False), Checkpoint(params, CONFIG))
 
 
+@LINUX
+def test_a_file_whose_name_is_not_in_utf_8_is_read(tmp_path):
+    checkpoint = Checkpoint(init_params(CONFIG, seeded()), CONFIG)
+    save_checkpoint(tmp_path / "a.pth", checkpoint)
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4.pth"))
+    (tmp_path / "a.pth").rename(other)
+    assert same(load_checkpoint(other), checkpoint)
+
+
 @pytest.mark.parametrize("settings", [None, 1, "lr", [1, 2], torch.zeros(2)])
 def test_settings_that_are_no_dict_are_called_damaged(tmp_path, settings):
     save_checkpoint(tmp_path / "a.pth", Checkpoint(init_params(CONFIG, seeded()), CONFIG, run={"settings": settings}))

@@ -574,23 +574,28 @@ def is_best(run: Run, state: State) -> bool:
     return tokens == state.opt_state.step * run.tokens_per_step and all(val_loss < other for _, _, other in before)
 
 
-def save_state(run: Run, state: State, path: str) -> None:
-    """Saves the state, and draws its losses. A model that computes nan is not saved: FloatingPointError."""
+def save_state(run: Run, state: State, path: str) -> bool:
+    """Saves the state, and draws its losses: whether there is a picture now.
+
+    FloatingPointError if the model computes nan; then nothing is saved.
+    """
     loss = mean_loss(state.params, run.config, run.val_windows, [torch.tensor([0])])
     if not all(map(math.isfinite, [loss, *(tensor.sum().item() for tensor in distinct(state.params))])):
         raise FloatingPointError("the model computes nan")
     save_checkpoint(path, to_checkpoint(run, state))
-    if state.evaluations:
-        try:
-            plot_losses(state.evaluations, run.steps_per_epoch * run.tokens_per_step, run.settings.plot)
-        except OSError as error:
-            say(f"{run.settings.plot} could not be written: {error.strerror}")
+    if not state.evaluations:
+        return False
+    try:
+        plot_losses(state.evaluations, run.steps_per_epoch * run.tokens_per_step, run.settings.plot)
+    except OSError as error:
+        say(f"{run.settings.plot} could not be written: {error.strerror}")
+        return False
+    return True
 
 
 def finish(run: Run, state: State, checkpoint: str) -> None:
     """Saves the state for the last time and says what is where, and how to go on."""
-    save_state(run, state, checkpoint)
-    picture = f" and {run.settings.plot}" if state.evaluations else ""
+    picture = f" and {run.settings.plot}" if save_state(run, state, checkpoint) else ""
     say(f"saved {checkpoint} ({os.path.getsize(checkpoint) / 1e6:,.1f} MB){picture}")
     if not is_finished(run, state):
         command = shlex.join(["python", "train.py", "--resume", "--checkpoint", checkpoint])
@@ -610,8 +615,9 @@ def caught_signals() -> Iterator[list[int]]:
 
     def handle(number: int, _frame: Any) -> None:
         caught.append(number)
-        for each in handlers.keys() & {signal.SIGINT, signal.SIGTERM}:  # SIGHUP comes twice when a terminal is closed
-            signal.signal(each, signal.SIG_DFL)
+        if number in (signal.SIGINT, signal.SIGTERM):  # others may be followed by one, as SIGUSR1 is, and come twice
+            for each in handlers.keys() & {signal.SIGINT, signal.SIGTERM}:
+                signal.signal(each, signal.SIG_DFL)
 
     for each in handlers:
         signal.signal(each, handle)
@@ -851,6 +857,8 @@ def main() -> int:
     typed = vars(build_parser().parse_args())
     for name in {"checkpoint", "best", "plot"} & typed.keys():
         typed[name] = str(Path(typed[name]))  # without a slash at its end
+    if "best" in typed:  # a run that goes on in another folder must not take a file of the same name there for its own
+        typed["best"] = os.path.abspath(typed["best"])
     files = Files(**{each.name: typed.pop(each.name) for each in fields(Files) if each.name in typed})
     device, processes = join_processes(sample.pick_device(files.device))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts

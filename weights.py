@@ -240,10 +240,10 @@ def read_torch(path: Path, zipped: bool) -> dict[str, Any]:
     content: dict[str, Any]
     try:
         content = load(mmap=zipped)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
+    except (RuntimeError, UnicodeEncodeError) as error:
+        if isinstance(error, RuntimeError) and "mmap" not in str(error):
             raise
-        content = load()  # a file system, or a limit on memory, that allows no mapping
+        content = load()  # a file system, a limit on memory, or a name, not in UTF-8, that allows no mapping
     return content
 
 
