@@ -230,7 +230,7 @@ def hidden_states(params: Params, token_ids: Tensor, config: Config, generator: 
         room = "" if cache is None else f" or the cache's room for {cache.buffer.shape[-2]}"
         raise ValueError(f"{end} tokens are more than context_length {config.context_length}{room}")
     x = F.embedding(token_ids, params["tok_emb.weight"]) + params["pos_emb.weight"][start:end]
-    # The embeddings may have another type than the rest, see `compute_in`, of which final_norm.scale is one.
+    # The embeddings may have another type than the rest, which has that of final_norm.scale: see `compute_in`.
     x = dropout(x, config.drop_rate, generator).to(params["final_norm.scale"].dtype)
     for i in range(config.n_layers):
         layer_cache = None if cache is None else Cache(cache.buffer[i], cache.length)

@@ -820,7 +820,7 @@ MISTAKES = [
     ("train.py --checkpoint run.pth", "run.pth is there: --resume goes on with it, --overwrite replaces it"),
     ("train.py --best run.pth", "run.pth is there", "another name"),
     ("train.py --checkpoint absent/model.pth", "absent/model.pth can't be written: there is no folder absent"),
-    ("train.py --best absent/best.pth", "absent/best.pth can't be written: there is no folder", "absent"),
+    ("train.py --best absent/best.pth", "absent/best.pth can't be written: there is no folder /", "/absent\n"),
     ("train.py --plot absent/loss.png", "absent/loss.png can't be written: there is no folder absent"),
     ("train.py --checkpoint empty.txt/model.pth", "empty.txt/model.pth can't be written"),
     ("train.py --checkpoint absent/m.pth/", "absent/m.pth can't be written"),

@@ -22,17 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import (
-    ACCELERATOR,
-    HERE,
-    NEEDS_ACCELERATOR,
-    ROUNDING,
-    STORY,
-    TINY,
-    refused,
-    same,
-    seeded,
-)
+from conftest import ACCELERATOR, HERE, NEEDS_ACCELERATOR, ROUNDING, STORY, TINY, refused, same, seeded
 from gpt import Config, calc_loss, distinct, init_params
 from sample import flag, generate, gpt2_tokenizer
 from train import (

@@ -733,7 +733,7 @@ def choose(typed: dict[str, Any], loaded: Checkpoint | None, origin: str | None)
     typed_settings = {name: value for name, value in typed.items() if name not in names}
     typed_model = {name: value for name, value in typed.items() if name in names}
     model = asdict(loaded.config if loaded else GPT_CONFIG_124M)
-    saved = loaded.run.get("settings", {}) if loaded else {}
+    saved = loaded.settings if loaded else {}
     fixed = {name: model[name] for name in ("emb_dim", "n_layers", "qkv_bias") if loaded}  # n_heads: see load_model
     fixed |= {name: saved[name] for name in ("batch_size", "context_length", "seed", "train_ratio") if name in saved}
     for name, value in fixed.items():
@@ -796,7 +796,7 @@ def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes
     if settings.batch_size % processes.size:
         raise ValueError(f"--batch-size {settings.batch_size} can't be split evenly over {processes.size} processes")
     if processes.rank == 0 and settings.epochs:
-        replaceable = (files.checkpoint, loaded.run.get("settings", {}).get("best")) if files.resume and loaded else ()
+        replaceable = (files.checkpoint, loaded.settings.get("best")) if files.resume and loaded else ()
         check_outputs(files, settings, replaceable)
     try:
         text = read_text(settings.data)
@@ -811,9 +811,9 @@ def prepare(files: Files, typed: dict[str, Any], device: torch.device, processes
         raise ValueError(f"{origin}: {error}") from None
     if len(set(processes.gather((config, state.opt_state.step, run.text_hash)))) > 1:
         raise ValueError("the processes do not have the same checkpoint and data")
-    if processes.rank == 0 and settings.epochs:
-        check_room(files.checkpoint, state.params)
     if processes.rank == 0:
+        if settings.epochs:
+            check_room(files.checkpoint, state.params)
         say(*(loaded.notes if loaded else ()))
     return run, state
 

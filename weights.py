@@ -68,6 +68,12 @@ class Checkpoint(NamedTuple):
     run: dict[str, Any] = {}  # noqa: RUF012 (no one writes into it)
     notes: tuple[str, ...] = ()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, by their names; not checked yet."""
+        settings: dict[str, Any] = self.run.get("settings", {})
+        return settings
+
 
 def assign(left: Tensor, right: Any) -> Tensor:
     """`right` as a contiguous tensor, if its shape is that of `left`; else a ValueError names both (section 5.5)."""
@@ -150,7 +156,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     params, config, opt_state, run, _ = checkpoint
     content = {"model_state_dict": params | causal_masks(config), "config": asdict(config), "run": run}
     if opt_state is not None:
-        content["optimizer_state_dict"] = adamw_state_dict(opt_state, run.get("settings", {}))
+        content["optimizer_state_dict"] = adamw_state_dict(opt_state, checkpoint.settings)
     with write_atomically(path) as file:
         torch.save(content, file)
 
@@ -324,8 +330,9 @@ def read_adamw(optimizer: dict[str, Any], names: list[str], params: Params, conf
     if tuple(groups[0].get("betas", BETAS)) != BETAS or groups[0].get("eps", EPS) != EPS:
         notes.append(f"its AdamW has betas {groups[0].get('betas')} and eps {groups[0].get('eps')}, which become "
                      f"{BETAS} and {EPS}")
-    differing = [name for name in ("lr", "weight_decay") if len({group.get(name) for group in groups}) > 1]
-    notes += [f"its AdamW has several values of {name}: all parameters get {groups[0][name]}" for name in differing]
+    first = groups[0]
+    notes += [f"its AdamW has several values of {name}: all parameters get {first.get(name)}"
+              for name in ("lr", "weight_decay") if any(group.get(name) != first.get(name) for group in groups)]
     return OptState(steps.pop(), *moments), groups[0]
 
 
