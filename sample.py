@@ -1,6 +1,6 @@
 """Text in, text out: the tokenizer, temperature, top-k and generation. `python sample.py --help`
 
-`next_token` chooses a token by `keep_top_k` and `softmax_with_temperature`; `stream` does so again and again.
+`next_token` chooses a token by `keep_top_k` and `softmax_with_temperature`; `generate` does so again and again.
 
 Axes: B batch, T tokens, V vocabulary.
 """
@@ -10,14 +10,15 @@ import codecs
 import hashlib
 import math
 import os
-import reprlib
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     # For speed on a busy machine. A thread that waits for another "spins": it keeps its processor busy, which may be
@@ -27,27 +28,23 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
-from torch import Tensor
+from torch import Generator, Tensor
 
-from gpt import Config, Params, cast, empty_cache, extend, pack
+from gpt import Checked, Config, Params, empty_cache, extend, forward, kind_of, map_params, option, pack
 from weights import OPENAI_SIZES, OPENAI_URL, load_model
 
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = Path(__file__).with_name("r50k_base.tiktoken")
+VOCABULARY = Path(__file__).resolve().with_name("r50k_base.tiktoken")  # also when this file is called by a link
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding, that of tiktoken.get_encoding("gpt2"), which would download it (section 5.1.1).
-
-    It is read from the file beside this one; ValueError if that is damaged.
-    """
+    """GPT-2's byte-pair encoding, from the file beside this one; ValueError if that is damaged (section 5.1.1)."""
     lines = VOCABULARY.read_bytes()
     if hashlib.sha256(lines).hexdigest() != VOCABULARY_SHA256:
-        raise ValueError(f"{VOCABULARY} is damaged: fetch it again")
+        raise ValueError(f"{VOCABULARY} is damaged")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={END_OF_TEXT: len(ranks)})
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
 
 
 def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -63,23 +60,20 @@ def token_ids_to_text(token_ids: Tensor, tokenizer: tiktoken.Encoding) -> str:
 def softmax_with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities (..., V) from logits (..., V): more even the higher the temperature (section 5.3.1).
 
-    It is (logits / temperature).softmax(-1), as in the chapter. The rest is for extreme values. The largest logit is
-    subtracted first, as softmax itself does, so that a tiny temperature makes no number too large; a logit of -inf gets
-    nothing, and one of +inf leaves nothing to the others. ValueError unless temperature is above 0.
+    It is (logits / temperature).softmax(-1), as in the chapter. The largest logit is subtracted first, as softmax
+    itself does, so that a tiny temperature makes no number too large. ValueError unless temperature is above 0.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number, not {temperature!r}")
     limits = torch.finfo(logits.dtype)
-    temperature = min(max(temperature, limits.tiny), limits.max)  # neither 0 nor infinite in this dtype
-    logits = logits.clamp(max=limits.max)
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if not 0 < temperature < limits.max:
+        raise ValueError(f"temperature must be a positive number, not {temperature!r}")
+    return ((logits - logits.amax(-1, keepdim=True)) / max(temperature, limits.tiny)).softmax(-1)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """The k largest logits of each row where they stand, -inf elsewhere (section 5.3.2).
 
-    logits (..., V) -> (..., V), of which exactly min(k, V) are kept: of equal ones just enough, where a comparison with
-    the smallest, as in the chapter, would keep them all. ValueError when k is below 1.
+    logits (..., V) -> (..., V), of which exactly min(k, V) are kept. If several equal the k-th largest, the chapter's
+    comparison with that one would keep them all. ValueError when k is below 1.
     """
     if k < 1:
         raise ValueError(f"top-k must keep at least 1 token, not {k!r}")
@@ -88,14 +82,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
-               generator: torch.Generator | None = None) -> Tensor:
+               generator: Generator | None = None) -> Tensor:
     """Each row's next token id (B, 1), from logits (B, V): the likeliest at temperature 0, else drawn (section 5.3.3).
 
-    ValueError for logits that are nan, for a temperature that is negative, or positive without a generator to draw
-    from, and for top_k below 1.
+    ValueError for logits whose largest is not finite, for a temperature that is negative, or positive without a
+    generator to draw from, and for top_k below 1.
     """
-    if logits.isnan().any():
-        raise ValueError("the model computes nan, which is no number: its training has failed")
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the model computes nan or inf, which are no numbers")
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if temperature == 0:
@@ -105,250 +99,160 @@ def next_token(logits: Tensor, temperature: float = 0.0, top_k: int | None = Non
     return torch.multinomial(softmax_with_temperature(logits, temperature), 1, generator=generator)
 
 
+def generate_simple(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
+                    top_k: int | None = None, eos_id: int | None = None, generator: Generator | None = None) -> Tensor:
+    """token_ids (1, T) followed by up to max_new_tokens new ones (1, T + n): the chapter's `generate` (section 5.3.3).
+
+    Each is chosen by `next_token` given the last context_length tokens before it, until one is eos_id. Our `generate`
+    gives the same tokens many times faster, and takes several rows. Errors are those of `forward` and `next_token`.
+    """
+    for _ in range(max_new_tokens):
+        logits = forward(params, token_ids[:, -config.context_length:], config)[:, -1]
+        token = next_token(logits, temperature, top_k, generator)
+        if token == eos_id:
+            break
+        token_ids = torch.cat([token_ids, token], dim=1)
+    return token_ids
+
+
+# ---- The chapter ends here. What follows is the same loop with a cache, and the command line. ----
+
 @torch.inference_mode()
 def stream(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
-           top_k: int | None = None, eos_id: int | None = None,
-           generator: torch.Generator | None = None) -> Iterator[Tensor]:
+           top_k: int | None = None, eos_id: int | None = None, generator: Generator | None = None) -> Iterator[Tensor]:
     """The tokens of `generate` as they come, each (B, 1). Its errors come when the first token is asked for."""
-    if token_ids.ndim != 2:
-        raise ValueError(f"token_ids must be (batch, tokens), not {tuple(token_ids.shape)}")
     B, T = token_ids.shape
-    if T == 0:
-        raise ValueError("the prompt must have at least one token")
-    if max_new_tokens < 0:
-        raise ValueError("max_new_tokens must not be negative")
-    # The chapter calls `forward` on the whole window for each token: that loop is `naive_generate` in test_sampling.py.
-    # This gives the same tokens. The cache remembers what was read, and `pack` lays the weights out for speed.
     params = pack(params)
-    cache = empty_cache(params, B, min(config.context_length, T + max_new_tokens), config)
+    cache = empty_cache(params, B, T + max_new_tokens, config)
     ended = torch.zeros(B, 1, dtype=torch.bool, device=token_ids.device)
     unread = token_ids[:, -config.context_length:]
     for _ in range(max_new_tokens):
         logits, cache = extend(params, unread, config, cache)
         token = next_token(logits[:, -1], temperature, top_k, generator)
         if eos_id is not None:
-            ended = ended | (token == eos_id)
+            token, ended = token.masked_fill(ended, eos_id), ended | (token == eos_id)
             if ended.all():
                 return
-            token = token.masked_fill(ended, eos_id)
         yield token
-        token_ids = torch.cat([token_ids, token], dim=1)
-        unread = token
+        token_ids, unread = torch.cat([token_ids, token], dim=1), token
         if cache.length == config.context_length:
             # From now on the window moves with each token, so all in it have new positions and are read again.
             unread, cache = token_ids[:, -config.context_length:], cache._replace(length=0)
 
 
 def generate(params: Params, token_ids: Tensor, config: Config, max_new_tokens: int, temperature: float = 0.0,
-             top_k: int | None = None, eos_id: int | None = None,
-             generator: torch.Generator | None = None) -> Tensor:
+             top_k: int | None = None, eos_id: int | None = None, generator: Generator | None = None) -> Tensor:
     """token_ids (B, T) followed by up to max_new_tokens new ones (B, T + n) (section 5.3.3).
 
     Each is chosen by `next_token` given the last context_length tokens before it. A row that produces eos_id is filled
     with eos_id from there on. When every row has produced it, generation ends, without that last column.
     ValueError for an empty prompt and for what `next_token` refuses.
     """
-    tokens = list(stream(params, token_ids, config, max_new_tokens, temperature, top_k, eos_id, generator))
+    tokens = stream(params, token_ids, config, max_new_tokens, temperature, top_k, eos_id, generator)
     return torch.cat([token_ids, *tokens], dim=1)
 
 
-# ---- The chapter ends here. What follows is the command line, and what train.py's command line shares with it. ----
-
-class Rule(NamedTuple):
-    """What an option may be: how its text is read, in which words a mistake is told, and a test of the value."""
-    kind: type
-    words: str
-    allows: Callable[[Any], bool]
-
-
-def whole(low: int, high: int = 2**31 - 1) -> Rule:
-    """The rule of whole numbers from low to high."""
-    words = f"a whole number from {low} to {high}"
-    return Rule(int, words, lambda value: type(value) is int and low <= value <= high)
-
-
-def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
-    """The rule of numbers that are at least low, or above it, and below high."""
-    words = f"a number {'above' if above else 'of at least'} {low}" + (f" and below {high}" if high < math.inf else "")
-    return Rule(float, words, lambda value: isinstance(value, (int, float)) and low <= value < high
-                and not (above and value == low))
-
-
-def one_of(*choices: str) -> Rule:
-    """The rule of a choice."""
-    return Rule(str, "one of " + ", ".join(choices), lambda value: value in choices)
-
-
-TEXT = Rule(str, "a text that is not empty", lambda value: isinstance(value, str) and value != "")
-TEXTS = Rule(str, "one or more names",
-             lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(TEXT.allows, value)))
-PICTURE = Rule(str, "a name that ends in .png, .pdf or .svg",
-               lambda value: TEXT.allows(value) and Path(value).suffix in (".png", ".pdf", ".svg"))
-YES = Rule(bool, "True or False", lambda value: isinstance(value, bool))
-
-
-def option(default: Any, rule: Rule, help: str) -> Any:
-    """A field of a dataclass that is an option of a command line: `lr` is --lr there."""
-    return field(default=default, metadata={"rule": rule, "help": help})
-
-
-def flag(name: str) -> str:
-    """What the option of that name is called on a command line."""
-    return "--" + name.replace("_", "-")
-
-
-class Checked:
-    """The base of dataclasses of options: a value against its rule raises a ValueError that names its flag."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):  # type: ignore[arg-type]
-            value, rule = getattr(self, each.name), each.metadata["rule"]
-            if not (rule.allows(value) or (value is None and each.default is None)):
-                raise ValueError(f"{flag(each.name)} must be {rule.words}, not {reprlib.repr(value)}")
-
-
+# The command line
 @dataclass(frozen=True)
 class Options(Checked):
-    """What both command lines know."""
-    size: str = option("124M", one_of(*OPENAI_SIZES), f"OpenAI's model: {', '.join(OPENAI_SIZES)}")
-    models_dir: str = option("gpt2", TEXT, "where OpenAI's models are kept")
-    base_url: str = option(OPENAI_URL, TEXT, "where OpenAI's models are downloaded from")
-    device: str = option("auto", TEXT, "cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu")
-
-
-def new_parser(description: str, examples: str, groups: dict[str, type]) -> argparse.ArgumentParser:
-    """A parser with a flag for each field of each group's dataclass. It gives only what was typed.
-
-    It takes no abbreviations, and reports a mistake in one line.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for title, options in groups.items():
-        group = parser.add_argument_group(title)
-        for each in fields(options):
-            name, rule = flag(each.name), each.metadata["rule"]
-            default = " ".join(each.default) if isinstance(each.default, tuple) else each.default
-            told = each.metadata["help"] + ("" if default is None or rule is YES else f" (default: {default})")
-            if rule is YES:
-                group.add_argument(name, action=argparse.BooleanOptionalAction, help=told)
-            elif rule is TEXTS:
-                group.add_argument(name, nargs="+", action="extend", help=told)
-            else:
-                group.add_argument(name, type=rule.kind, help=told)
-    return parser
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name, or for `auto` the best one here; ValueError if it is not there."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind, available in kinds.items() if available]
-    choices = [*there, *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name not in ("auto", *choices):
-        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(choices)}")
-    return torch.device(there[0] if name == "auto" else name)
-
-
-def say(*sentences: str) -> None:
-    """Prints each sentence on a line of standard error, if that can still be written to."""
-    with suppress(OSError, ValueError):  # ValueError: it is closed
-        for sentence in sentences:
-            print(sentence, file=sys.stderr, flush=True)
-
-
-def run_command(command: Callable[[], int]) -> NoReturn:
-    """Exits with the command's status; what the user did wrong, or the disk or network, is one line and status 2."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before the start
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
-            getattr(sys, name).reconfigure(errors="replace")  # a character that this console lacks is no failure
-    try:
-        status = command()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except KeyboardInterrupt:
-        status = 130
-    except (OSError, MemoryError, ValueError, ArithmeticError, RuntimeError) as error:
-        message = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
-        if isinstance(error, RuntimeError) and "memory" not in message:
-            raise
-        say(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
-        status = 2
-    sys.exit(status)
+    """The options that both command lines have."""
+    size: str = option("124M", "of OpenAI's model", one_of=OPENAI_SIZES)
+    models_dir: str = option("gpt2", "where OpenAI's models are kept")
+    base_url: str = option(OPENAI_URL, "where OpenAI's models are downloaded from")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the first there is of cuda, mps, cpu")
 
 
 @dataclass(frozen=True)
 class SampleOptions(Options):
     """The options of this command line, with the chapter's defaults."""
-    weights: str = option("model.pth", TEXT, "a checkpoint, a file or folder of Hugging Face's GPT-2, or `openai`")
-    n_heads: int | None = option(None, whole(1), "the model's heads, for a file that does not tell")
-    prompt: str = option("Every effort moves you", TEXT, "what the model continues; - reads it from standard input")
-    max_new_tokens: int = option(25, whole(0), "how many to write at most")
-    num_samples: int = option(1, whole(1), "how many continuations to write")
-    temperature: float = option(0.0, number(0), "0: always the likeliest token; higher: more varied")
-    top_k: int | None = option(None, whole(1), "how many of the likeliest tokens can be drawn, instead of all")
-    seed: int = option(123, whole(0, 2**63 - 1), "of the random draws")
-    dtype: str = option("float32", one_of("float32", "bfloat16"), "of the computation: float32, or bfloat16, which "
-                        "reads half the bytes")
+    weights: str = option("model.pth", "a checkpoint, a file or folder of Hugging Face's GPT-2, or `openai`")
+    n_heads: int | None = option(None, "the model's heads, for a file that does not state them", at_least=1)
+    prompt: str = option("Every effort moves you", "what the model continues; - reads it from standard input")
+    max_new_tokens: int = option(25, "how many to write at most", at_least=0)
+    num_samples: int = option(1, "how many continuations to write, one after the other", at_least=1)
+    temperature: float = option(0.0, "0: always the likeliest token; higher: more varied", at_least=0, below=math.inf)
+    top_k: int | None = option(None, "how many of the likeliest tokens can be drawn, instead of all", at_least=1)
+    seed: int = option(123, "of the random draws", at_least=0, below=2**63)
+    dtype: str = option("float32", "of the computation; bfloat16 reads half the bytes", one_of=("float32", "bfloat16"))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of this command line."""
-    return new_parser("Continue a text with a GPT-2 model.", """examples:
-  python sample.py --prompt "It was a dark night" --temperature 1 --top-k 50
-  python sample.py --weights openai --size 355M""", {"the model and the text": SampleOptions})
+def typed_options(description: str, *kinds: type) -> list[dict[str, Any]]:
+    """What was typed on the command line, by names, for each of these dataclasses of options."""
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)  # a mistake is one line
+    for each in {each.name: each for kind in kinds for each in fields(kind)}.values():
+        how = {"type": kind_of(each)} if each.type is not bool else {"action": argparse.BooleanOptionalAction}
+        if isinstance(each.default, tuple):
+            how |= {"nargs": "+", "action": "extend"}
+        parser.add_argument(f"--{each.name.replace('_', '-')}", help=f"{each.metadata['help']} ({each.default})", **how)
+    typed = vars(parser.parse_args())
+    return [{each.name: typed[each.name] for each in fields(kind) if each.name in typed} for kind in kinds]
 
 
-def main() -> int:
-    """The exit status of `python sample.py`."""
-    options = SampleOptions(**vars(build_parser().parse_args()))
-    device = pick_device(options.device)
-    loaded = load_model(options.weights, options.n_heads, options.size, options.models_dir, options.base_url)
-    say(*loaded.notes)
-    params = cast(loaded.params, getattr(torch, options.dtype), device)
-    tokenizer = gpt2_tokenizer()
-    prompt = options.prompt
-    if prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n") if sys.stdin else ""
-    token_ids = text_to_token_ids(prompt, tokenizer).to(device).expand(options.num_samples, -1)
-    start = time.perf_counter()
-    request = (params, token_ids, loaded.config, options.max_new_tokens, options.temperature, options.top_k,
-               tokenizer.eot_token, torch.Generator(device).manual_seed(options.seed))
-    if options.num_samples == 1:
-        count = write_one(prompt, stream(*request), tokenizer)
-    else:
-        count = write_several(prompt, generate(*request)[:, token_ids.shape[1]:], tokenizer)
-    seconds = time.perf_counter() - start
-    say(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {options.seed}")
-    return 0
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or for `auto` the best one here; ValueError if it is not there."""
+    there = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    choices = ["auto", *there, *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in choices:
+        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(choices)}")
+    return torch.device(there[0] if name == "auto" else name)
 
 
-def write_one(prompt: str, tokens: Iterator[Tensor], tokenizer: tiktoken.Encoding) -> int:
-    """Prints the prompt and then tokens, each (1, 1), as they come: how many."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
-    count = 0
+def read_utf8(content: bytes, name: str | Path) -> str:
+    """The text in these bytes, without a byte-order mark; ValueError with this name if they are not UTF-8."""
+    try:  # a zero is no text, so it becomes a byte that UTF-8 does not have
+        text = content.replace(b"\0", b"\xff").decode("utf-8").removeprefix("\ufeff")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: see its byte {error.start}") from None
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Calls the command. What the user did wrong, or the disk or network, is one line and exit status 2."""
+    sys.stdin, sys.stdout, sys.stderr = (  # what was closed before the start is None
+        file or open(os.devnull, "r+") for file in (sys.stdin, sys.stdout, sys.stderr))  # noqa: SIM115
+    with suppress(AttributeError):  # a notebook's standard output can't
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore  # a console may lack a character
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
-        print(prompt, end="", flush=True)
-        for token in tokens:
-            print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
-            count += 1
-    finally:  # also when it fails or is interrupted, so that a message begins a line
-        print(decoder.decode(b"", final=True), flush=True)
-    return count
+        command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (FloatingPointError, ImportError, MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split()) or 'no memory'}", file=sys.stderr)
+        sys.exit(2)
 
 
-def write_several(prompt: str, token_ids: Tensor, tokenizer: tiktoken.Encoding) -> int:
-    """Prints the prompt before each row of token_ids (B, T), up to its end of text: how many tokens those are."""
-    count = 0
-    for row in token_ids.tolist():
-        length = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else len(row)
-        print(prompt + tokenizer.decode(row[:length]), end="\n\n")
-        count += length
+def main() -> None:
+    """Does what `python sample.py` is asked for."""
+    options = SampleOptions(**typed_options("Continue a text with a GPT-2 model.", SampleOptions)[0])
+    device, tokenizer, prompt = pick_device(options.device), gpt2_tokenizer(), options.prompt
+    if prompt == "-":
+        prompt = read_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+    loaded = load_model(options.weights, options.n_heads, options.size, options.models_dir, options.base_url)
+    params = map_params(lambda tensor: tensor.to(device, getattr(torch, options.dtype)), loaded.params)
+    token_ids, generator = text_to_token_ids(prompt, tokenizer).to(device), Generator(device).manual_seed(options.seed)
+    start, count = time.perf_counter(), 0
+    for _ in range(options.num_samples):
+        count += write(prompt, stream(params, token_ids, loaded.config, options.max_new_tokens, options.temperature,
+                                      options.top_k, tokenizer.eot_token, generator), tokenizer)
+    seconds = time.perf_counter() - start
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, seed {options.seed}", file=sys.stderr)
+
+
+def write(prompt: str, tokens: Iterator[Tensor], tokenizer: tiktoken.Encoding) -> int:
+    """Prints the prompt and then tokens, each (1, 1), as they come. Returns their number."""
+    decoder, count = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0  # a character may be several tokens
+    print(prompt, end="", flush=True)
+    for count, token in enumerate(tokens, 1):
+        print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
+    print(decoder.decode(b"", final=True), flush=True)
     return count
 
 
