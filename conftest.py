@@ -1,40 +1,69 @@
-"""What several test files share: settings of hypothesis, small models, seeds, and the chapter's own package."""
+"""What the test files share: strategies and tolerances, seeds, small models, and one way to run a command line."""
+import io
 import os
+import shlex
+import subprocess
+import sys
+import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for speed on a busy machine: see sample.py
+
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 
-from gpt import Config
-from sample import pick_device
+import sample
+import train
+from gpt import Config, init_params
 
 HERE = Path(__file__).parent
-STORY = HERE / "the-verdict.txt"
-TRAINING_LOG = (HERE / "docs" / "training-log.txt").read_text(encoding="utf-8")  # all that section 5.2 prints
-LONG_TESTS = bool(os.environ.get("LONG_TESTS"))
-LONG = pytest.mark.skipif(not LONG_TESTS, reason="takes minutes: set LONG_TESTS=1")
+LONG = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # what kernels of float32 may differ in
 TINY = Config(vocab_size=31, context_length=12, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.3, qkv_bias=True)
-ACCELERATOR = pick_device("auto")
-NEEDS_ACCELERATOR = pytest.mark.skipif(ACCELERATOR.type == "cpu", reason="there is no accelerator here")
-ROUNDING = torch.finfo(torch.float32).eps  # relative: 1.2e-7
+SMALL = Config(context_length=8, emb_dim=4, n_heads=2, n_layers=1)  # GPT-2's vocabulary, for runs and command lines
+RUN = "--n-layers 1 --emb-dim 4 --n-heads 2 --context-length 8 --batch-size 4 --train-ratio 0.04 --eval-iter 1"
+MAIN = {"train.py": train.main, "sample.py": sample.main}
 
 # A busy machine is no failure, so there is no deadline. The quick tests try fewer examples.
-settings.register_profile("ours", deadline=None, max_examples=100 if LONG_TESTS else 25)
+settings.register_profile("ours", deadline=None, max_examples=100 if os.environ.get("LONG_TESTS") else 20)
 settings.load_profile("ours")
+
+
+def pytest_configure(config):
+    """A warning is an error, but for those that other libraries give each other."""
+    config.addinivalue_line("filterwarnings", "error")
+    for module in ("tensorflow", "keras", "google", "transformers", "torch.jit", "torch._inductor"):
+        config.addinivalue_line("filterwarnings", f"ignore:::{module}")
+
+
+seeds = st.integers(0, 2**63 - 1)
+configs = st.builds(  # of every shape; the head's size is emb_dim / n_heads
+    lambda heads, size, **rest: Config(emb_dim=heads * size, n_heads=heads, **rest), heads=st.integers(1, 3),
+    size=st.integers(1, 5), vocab_size=st.integers(2, 40), context_length=st.integers(1, 24),
+    n_layers=st.integers(1, 2), drop_rate=st.sampled_from([0.0, 0.3]), qkv_bias=st.booleans())
 
 
 def seeded(seed=123):
     return torch.Generator().manual_seed(seed)
 
 
+def tie(params):
+    """The parameters with the token embedding as the output head, one tensor under two names."""
+    return params | {"out_head.weight": params["tok_emb.weight"]}
+
+
 def same(one, two):
-    """Whether two values are equal: tensors bit for bit, and what is in tuples and dicts likewise."""
+    """Whether two values are equal: tensors bit for bit, and what is in tuples, lists and dicts likewise."""
     if isinstance(one, torch.Tensor):
         return isinstance(two, torch.Tensor) and torch.equal(one, two)
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, tuple):
+    if isinstance(one, (tuple, list)):
         return len(one) == len(two) and all(map(same, one, two))
     return one == two
 
@@ -46,3 +75,66 @@ def refused(action, *words, error=(ValueError, OSError)):
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
     return message
+
+
+class Listener(io.StringIO):
+    """An output that calls its function `listen` with each text."""
+    def write(self, text):
+        self.listen(text)
+        return super().write(text)
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run(folder, line, stdin=b"", out=None, **environment):
+    """What a command line does in a folder, on a CPU, in this process. `out` is another place for its output."""
+    script, *arguments = shlex.split(line)
+    out, err = out or io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, "--device", "cpu", *arguments])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            sample.run_command(MAIN[script])
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+    return Result(status, out.getvalue() if isinstance(out, io.StringIO) else "", err.getvalue())
+
+
+def start(folder, *command, timeout=120, **environment):
+    """A process of its own in a folder: `with start(folder, "train.py", ...) as process`; see Popen.
+
+    It is killed if it takes longer than `timeout` seconds, so that whoever reads its output does not wait for ever.
+    """
+    command = [HERE / each if each in MAIN else each for each in command]
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    alarm = threading.Timer(timeout, process.kill)
+    alarm.daemon = True
+    alarm.start()
+    return process
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a small model after two epochs, and its log; no test changes it."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run(folder, f"train.py {RUN} --epochs 2 --eval-freq 1")
+    assert result.status == 0, result.err
+    (folder / "log.txt").write_text(result.out, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    """The chapter's model before training: seed 123."""
+    return init_params(Config(), seeded())
