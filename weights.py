@@ -28,13 +28,13 @@ from gpt import EMBEDDINGS, GPT_CONFIG_124M, QUERY_KEY_VALUE, Config, Params, di
 
 PADDED_VOCABULARY = 50304  # nanoGPT's, a multiple of 64: no token has the last rows, which are cut off
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 4e-4, 0.1, (0.9, 0.999), 1e-8  # of AdamW in the chapter
+GPT2_SETTINGS = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 # Our names for the parts of Hugging Face's names. What is missing here, c_attn, is query, key and value in one.
 GPT2_NAMES = {"h.": "trf_blocks.", "wte.": "tok_emb.", "wpe.": "pos_emb.", "lm_head.": "out_head.",
               "ln_1.weight": "norm1.scale", "ln_1.bias": "norm1.shift", "ln_2.weight": "norm2.scale",
               "ln_2.bias": "norm2.shift", "ln_f.weight": "final_norm.scale", "ln_f.bias": "final_norm.shift",
               "attn.c_proj.": "att.out_proj.", "mlp.c_fc.": "ff.layers.0.", "mlp.c_proj.": "ff.layers.2."}
 # Our names for the fields of OpenAI's hparams.json, Hugging Face's config.json and nanoGPT's model_args.
-GPT2_SETTINGS = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 CONFIG_NAMES = {"n_vocab": "vocab_size", "vocab_size": "vocab_size", "n_ctx": "context_length",
                 "n_positions": "context_length", "block_size": "context_length", "n_embd": "emb_dim",
                 "n_head": "n_heads", "n_layer": "n_layers"}
@@ -349,7 +349,7 @@ def load_model(name: str | Path, n_heads: int | None = None, size: str = "124M",
 def load_kept(folder: Path) -> Checkpoint:
     """OpenAI's model in a folder. It is kept there in converted.pth, which is read while that is the newest file."""
     newest = max(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns)  # its ctime shows that a file was replaced
-    with suppress(ValueError):  # it is damaged: make it again
+    with suppress(OSError, ValueError):  # it is damaged, or can't be read: make it again
         if newest.name == "converted.pth":
             return load_checkpoint(newest)
     made = Checkpoint(*load_openai(folder))
