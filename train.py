@@ -197,19 +197,20 @@ def train_step(params: Params, opt_state: OptState, inputs: Tensor, targets: Ten
     into the tensors that were passed: use only what is returned. FloatingPointError if the loss is infinite or nan;
     then nothing was written.
     """
+    # AdamW's fused kernel takes it for granted that a parameter, its moments and its gradient lie in memory alike.
+    params, exp_avg, exp_avg_sq = (map_params(torch.Tensor.contiguous, each) for each in (params, *opt_state[1:]))
     leaves = map_params(lambda tensor: tensor.detach().requires_grad_(), params)
     loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config, generator)
     if not loss.isfinite():
         raise FloatingPointError(f"the loss after {opt_state.step} steps is {loss.item()}")
-    # Contiguous, as AdamW's fused kernel and an average over processes need them.
-    gradients = change([gradient.contiguous() for gradient in torch.autograd.grad(loss, distinct(leaves))])
+    gradients = change(list(torch.autograd.grad(loss, distinct(leaves))))
     with torch.no_grad():
         # The function behind torch.optim.AdamW, which wants the number of steps as a tensor for each parameter.
         steps = list(torch.full((len(gradients),), opt_state.step, dtype=torch.float32, device=loss.device))
-        adamw(distinct(params), gradients, distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq),
-              max_exp_avg_sqs=[], state_steps=steps, fused=True, amsgrad=False, maximize=False,
+        adamw(distinct(params), gradients, distinct(exp_avg), distinct(exp_avg_sq), max_exp_avg_sqs=[],
+              state_steps=steps, fused=True, amsgrad=False, maximize=False,
               beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=lr, weight_decay=weight_decay)
-    return params, opt_state._replace(step=opt_state.step + 1), loss.detach()
+    return params, OptState(opt_state.step + 1, exp_avg, exp_avg_sq), loss.detach()
 
 
 def learning_rate(step: int, total_steps: int, settings: Settings) -> float:

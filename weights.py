@@ -116,14 +116,13 @@ def from_content(content: dict[str, Any]) -> Checkpoint:
 
 
 def adamw_state_dict(opt_state: OptState, settings: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict of torch.optim.AdamW. It knows a parameter by its number, in the order of the parameters."""
-    means, means_of_squares = distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq)
-    optimizer = torch.optim.AdamW(means, lr=settings.get("lr", LEARNING_RATE), betas=BETAS, eps=EPS,
-                                  weight_decay=settings.get("weight_decay", WEIGHT_DECAY))
-    for mean, mean_of_squares in zip(means, means_of_squares, strict=True):  # in it the means stand for the parameters
-        step = torch.tensor(opt_state.step, dtype=torch.float32)
-        optimizer.state[mean] = {"step": step, "exp_avg": mean, "exp_avg_sq": mean_of_squares}
-    return optimizer.state_dict()
+    """A state_dict for torch.optim.AdamW, which knows a parameter by its number, in the order of the parameters."""
+    pairs = zip(distinct(opt_state.exp_avg), distinct(opt_state.exp_avg_sq), strict=True)
+    state = {number: {"step": torch.tensor(opt_state.step, dtype=torch.float32), "exp_avg": mean, "exp_avg_sq": squares}
+             for number, (mean, squares) in enumerate(pairs)}
+    group = {"lr": settings.get("lr", LEARNING_RATE), "betas": BETAS, "eps": EPS,
+             "weight_decay": settings.get("weight_decay", WEIGHT_DECAY), "params": list(state)}
+    return {"state": state, "param_groups": [group]}
 
 
 def read_adamw(optimizer: Any, params: Params) -> OptState | None:
@@ -168,7 +167,7 @@ def from_gpt2(given: Iterable[tuple[str, Tensor]]) -> Params:
         value = value.T if name.startswith("trf_blocks") and value.ndim == 2 else value  # (out, in)
         # c_attn is query, key and value, one below the other: now (3 E, E) or, of a bias, (3 E,).
         names = dict.fromkeys(name.replace("attn.c_attn.", f"att.{part}.") for part in QUERY_KEY_VALUE)  # three or one
-        params |= {part: third.contiguous() for part, third in zip(names, value.tensor_split(len(names)), strict=True)}
+        params |= zip(names, value.tensor_split(len(names)), strict=True)
     return {"out_head.weight": params["tok_emb.weight"]} | params
 
 
