@@ -216,9 +216,7 @@ def run_command(command: Callable[[], None]) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         command()
-        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,127 +8,106 @@ import shlex
 import shutil
 import signal
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import sample
 import train
-from conftest import HERE, LONG, RUN, SMALL, Listener, run, same, seeded, start
+from conftest import (HERE, LONG, SMALL, SMALL_RUN, Listener, assert_refused, command, parrot, same, saved_steps,
+                      seeded, start)
 from gpt import Config, init_params
 from weights import Checkpoint, SavedRun, load_checkpoint, save_checkpoint
 
 PROMPT = "Every effort moves you"
 LOG = (HERE / "docs" / "training-log.txt").read_text(encoding="utf-8")
-CHAPTER = ("train.py", "--device", "cpu")  # for processes of their own
+TRAIN = ("train.py", "--device", "cpu")  # for processes of their own
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-ENDLESS = (*CHAPTER, *RUN.split(), "--epochs", "2000", "--eval-freq", "1")
+ENDLESS = (*TRAIN, *SMALL_RUN.split(), "--epochs", "2000", "--eval-freq", "1")
 # A step an epoch, and then a sample that is more than a pipe takes: until someone reads it, the run is held there.
-HELD = (*CHAPTER, *RUN.split(), "--train-ratio", "0.01", "--epochs", "9", "--start-context", "word " * 20000)
+HELD = (*TRAIN, *SMALL_RUN.split(), "--train-ratio", "0.01", "--epochs", "9", "--start-context", "word " * 20000)
 OPTIONS = {"train.py": (train.Settings, Config, train.Files), "sample.py": (sample.SampleOptions,)}
 PAGES = [HERE / "README.md", HERE / "docs" / "exercises.md"]
 
 
-def steps(path):
-    return load_checkpoint(path).opt_state.step
-
-
 def fingerprint(folder):
     """What changes when a file is written to or replaced, and, in a folder, when one comes or goes."""
-    return {path: (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            for path in (folder, *folder.rglob("*")) for stat in (path.lstat(),)}
+    stats = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+    return {path: (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 # The chapter's log and sentences (sections 5.2 and 5.3)
 @LONG
 def test_the_log_and_the_sentences_of_the_chapter(tmp_path):
-    with start(tmp_path, *CHAPTER, timeout=3600) as process:
+    with start(tmp_path, *TRAIN, timeout=3600) as process:
         assert process.communicate()[0] == LOG
     greedy = 'know," was one of the axioms he laid down across the Sevres and silver of an exquisitely appointed lun'
-    assert run(tmp_path, "sample.py").out == f"{PROMPT} {greedy}\n"
+    assert command(tmp_path, "sample.py").out == f"{PROMPT} {greedy}\n"
     line = "sample.py --max-new-tokens 15 --top-k 25 --temperature 1.4"
-    assert run(tmp_path, line).out == f"{PROMPT} stand to work on surprise, a one of us had gone with random-\n"
+    assert command(tmp_path, line).out == f"{PROMPT} stand to work on surprise, a one of us had gone with random-\n"
 
 
 @LONG
 def test_the_log_of_a_run_that_is_stopped_and_then_resumed_by_torchrun(tmp_path):
-    with start(tmp_path, *CHAPTER, timeout=3600) as process:
+    with start(tmp_path, *TRAIN, timeout=3600) as process:
         out = "".join(process.stdout.readline() for _ in range(13))  # up to step 40, in the middle of the fifth epoch
         process.terminate()
         out += process.communicate()[0]
     assert process.returncode == -signal.SIGTERM and len(out) < len(LOG) / 2
-    with start(tmp_path, *TORCHRUN, "1", *CHAPTER, "--resume", timeout=3600) as process:
+    with start(tmp_path, *TORCHRUN, "1", *TRAIN, "--resume", timeout=3600) as process:
         assert out + process.communicate()[0] == LOG
 
 
 def test_the_log_is_on_standard_output_and_the_rest_on_standard_error(tmp_path):
-    _, out, err = run(tmp_path, f"train.py {RUN} --epochs 1")
+    _, out, err = command(tmp_path, f"train.py {SMALL_RUN} --epochs 1")
     line = r"Ep 1 \(Step 00000%d\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}\n"
     assert re.fullmatch(line % 0 + line % 5 + f"{PROMPT}.*\n", out)
     # The embedding and the head, positions, q, k, v and out_proj with its bias, the feed-forward network, three norms
     count = 2 * 50257 * 4 + 8 * 4 + 4 * 4 * 4 + 4 + 4 * 16 + 16 + 16 * 4 + 4 + 3 * 2 * 4
     assert f"{count:,} parameters" in err and "6 steps" in err and len(err.splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.png", "model.pth"]
-    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
 # A run is saved and goes on
-def test_epochs_are_the_total_and_a_resumed_run_is_as_if_it_never_stopped(trained, tmp_path):
-    first = run(tmp_path, f"train.py {RUN} --epochs 1 --eval-freq 1")
-    rest = run(tmp_path, "train.py --resume --epochs 2")
+@pytest.mark.parametrize("line, environment", [
+    ("train.py --resume --epochs 2", {}),
+    *((f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1", {f"{launcher}_RESTART_COUNT": "1"})  # the same command again
+      for launcher in ("TORCHELASTIC", "SLURM"))])
+def test_a_run_that_goes_on_is_as_if_it_never_stopped_and_epochs_are_the_total(trained, tmp_path, line, environment):
+    first = command(tmp_path, f"train.py {SMALL_RUN} --epochs 1 --eval-freq 1", **environment)  # there is no file yet
+    rest = command(tmp_path, line, **environment)
     assert first.out + rest.out == (trained / "log.txt").read_text(encoding="utf-8")
     assert same(load_checkpoint(tmp_path / "model.pth"), load_checkpoint(trained / "model.pth"))
-    assert run(tmp_path, "train.py --resume")[:2] == (0, "")  # there is nothing left to do
+    assert command(tmp_path, "train.py --resume")[:2] == (0, "")  # there is nothing left to do
+    assert command(tmp_path, f"train.py {SMALL_RUN}", TORCHELASTIC_RESTART_COUNT="0").status == 2  # a first start
 
 
 def test_no_epochs_print_losses_and_perplexities_and_write_nothing(trained):
-    before = fingerprint(trained)
-    status, out, _ = run(trained, f"train.py {RUN} --epochs 0 --train-ratio 0.5 --data '{HERE}/docs/training-log.txt'")
+    before, line = fingerprint(trained), f"train.py {SMALL_RUN} --epochs 0 --train-ratio 0.5"
+    status, out, _ = command(trained, f"{line} --data '{HERE}/docs/training-log.txt'")
     *losses, one, two = map(float, re.findall(r"\d+\.\d+", out))
     assert re.findall("[a-z]+ (?=[0-9])", out) == ["loss ", "loss ", "perplexity ", "perplexity "]
     assert [*map(math.exp, losses)] == pytest.approx([one, two], rel=1e-5)  # half of the losses' last digit
     assert status == 0 and fingerprint(trained) == before
 
 
-def test_the_file_has_the_last_multiple_of_save_every_at_each_time(tmp_path):
-    saved, out = [], Listener()
-    out.listen = lambda text: saved.append(steps(tmp_path / "model.pth")) if "(Step" in text else None
-    assert run(tmp_path, f"train.py {RUN} --epochs 2 --eval-freq 1 --save-every 5", out=out).status == 0
-    # A line is printed before its step is saved. The file is there from the start.
-    assert saved == [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 10, 10] and steps(tmp_path / "model.pth") == 12
-
-
-def test_a_new_run_takes_the_place_of_another_with_overwrite(trained, tmp_path):
-    shutil.copy(trained / "model.pth", tmp_path / "model.pth")
-    shutil.copy(trained / "model.pth", tmp_path / "model-best.pth")
-    assert run(tmp_path, f"train.py {RUN} --epochs 1 --overwrite --keep-best").status == 0
-    assert steps(tmp_path / "model.pth") == 6 >= steps(tmp_path / "model-best.pth")
-
-
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_the_same_command_goes_on_when_it_is_started_again(trained, tmp_path, name):
-    line = f"train.py {RUN} --eval-freq 1"
-    first = run(tmp_path, f"{line} --epochs 1", **{name: "1"})  # it had not come to saving anything
-    assert run(tmp_path, f"{line} --epochs 2", **{name: "0"}).status == 2
-    rest = run(tmp_path, f"{line} --epochs 2", **{name: "1"})
-    assert first.out + rest.out == (trained / "log.txt").read_text(encoding="utf-8")
-
-
-def test_a_run_that_was_copied_leaves_the_first_folder_alone(trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    before = fingerprint(trained)
-    assert run(tmp_path, "train.py --resume --epochs 3 --keep-best").status == 0
-    assert fingerprint(trained) == before and steps(tmp_path / "model-best.pth") > 12
+def test_a_new_run_and_its_best_model_take_the_place_of_others_with_overwrite(trained, tmp_path):
+    for name in ("model.pth", "model-best.pth"):
+        shutil.copy(trained / "model.pth", tmp_path / name)
+    line = f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1 --lr 0.1 --overwrite --keep-best"
+    assert command(tmp_path, line).status == 0
+    evaluations = load_checkpoint(tmp_path / "model.pth").run.evaluations
+    best, _, _ = min(evaluations, key=lambda each: each[2])  # by the validation loss, which grows in the end
+    assert 1 < saved_steps(tmp_path / "model-best.pth") == best < saved_steps(tmp_path / "model.pth") == 12
 
 
 def test_a_new_run_starts_from_another_model_and_leaves_its_file_alone(trained, tmp_path):
-    before, line = fingerprint(trained), f"train.py {RUN} --context-length 4 --lr 1e-30 --epochs 1"
-    status, out, _ = run(tmp_path, f"{line} --weights {trained}/model.pth")
+    before, line = fingerprint(trained), f"train.py {SMALL_RUN} --context-length 4 --lr 1e-30 --epochs 1"
+    status, out, _ = command(tmp_path, f"{line} --weights {trained}/model.pth")
     new, old = load_checkpoint(tmp_path / "model.pth"), load_checkpoint(trained / "model.pth")
     assert status == 0 and out.startswith("Ep 1 (Step 000000)") and fingerprint(trained) == before
     assert new.config == old.config and new.run.settings["context_length"] == 4
@@ -143,24 +122,18 @@ def test_a_script_that_is_called_by_a_link_finds_what_lies_beside_it(tmp_path, m
     assert runpy.run_path("sample.py")["gpt2_tokenizer"]().n_vocab == 50257
 
 
-@given(st.integers(1, 2**16 - 1) | st.sampled_from([8, 200, 256, 768, 1600]))
-def test_the_embedding_size_alone_gives_heads_that_divide_it(width):
-    heads = train.choose({}, {"emb_dim": width}, None)[1].n_heads
-    assert width % heads == 0 and (heads == width / 64 or (width % 64 and heads <= max(1, width / 64)))
-
-
 # Signals, pipes, processes
-@pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGTERM", 5), ("SIGHUP", 6), ("SIGUSR1", 10)])
+@pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGHUP", 6), ("SIGUSR1", 10)])
 def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(trained, tmp_path, name, step):
-    number, out = getattr(signal, name, signal.SIGINT), Listener()
-    out.listen = lambda text: signal.raise_signal(number) if f"(Step {step:06d})" in text else None
+    number = getattr(signal, name, signal.SIGINT)
+    out = Listener(lambda text: signal.raise_signal(number) if f"(Step {step:06d})" in text else None)
     before = signal.signal(number, signal.default_int_handler)
-    first = run(tmp_path, f"train.py {RUN} --epochs 2 --eval-freq 1 --checkpoint 'a model.pth'", out=out)
+    first = command(tmp_path, f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1 --checkpoint 'a model.pth'", out=out)
     signal.signal(number, before)
-    assert first.status == 130 and steps(tmp_path / "a model.pth") == step + 1
+    assert first.status == 130 and saved_steps(tmp_path / "a model.pth") == step + 1
     _, script, *arguments = shlex.split(first.err.split("`")[1])  # the command that goes on, as it says
     assert (tmp_path / script).samefile(HERE / "train.py")
-    rest = run(tmp_path, shlex.join(["train.py", *arguments]))
+    rest = command(tmp_path, shlex.join(["train.py", *arguments]))
     assert first.out + rest.out == (trained / "log.txt").read_text(encoding="utf-8")
 
 
@@ -169,7 +142,7 @@ def test_sigterm_ends_a_process_after_its_step(tmp_path):
         out = process.stdout.readline() + process.stdout.read(1)  # it is in the middle of the run
         process.terminate()
         _, err = process.communicate()
-    assert process.returncode == -signal.SIGTERM and steps(tmp_path / "model.pth") == 1
+    assert process.returncode == -signal.SIGTERM and saved_steps(tmp_path / "model.pth") == 1
     assert out.startswith("Ep 1 (Step 000000)") and len(err.splitlines()) == 2 and (tmp_path / "model.png").exists()
 
 
@@ -178,17 +151,18 @@ def test_a_log_that_none_reads_any_more_ends_a_process_which_saves(tmp_path):
         process.stdout.readline()
         process.stdout.close()
         _, err = process.communicate()
-    assert process.returncode == 141 and len(err.splitlines()) == 2 and steps(tmp_path / "model.pth") > 0
+    assert process.returncode == 141 and len(err.splitlines()) == 2 and saved_steps(tmp_path / "model.pth") > 0
 
 
 def test_two_processes_train_as_one_and_the_first_alone_prints_and_saves(tmp_path):
-    line = f"{RUN} --epochs 2 --eval-freq 1 --drop-rate 0 --checkpoint"
-    out = run(tmp_path, f"train.py {line} one.pth").out
-    with start(tmp_path, *TORCHRUN, "2", *CHAPTER, *line.split(), "two.pth") as process:
+    line = f"{SMALL_RUN} --epochs 2 --eval-freq 1 --drop-rate 0 --checkpoint"
+    out = command(tmp_path, f"train.py {line} one.pth").out
+    with start(tmp_path, *TORCHRUN, "2", *TRAIN, *line.split(), "two.pth") as process:
         same_out, err = process.communicate()
     assert process.returncode == 0 and same_out.count("\n") == out.count("\n") and err.count("saved two.pth") == 1
     one, two = (load_checkpoint(tmp_path / name) for name in ("one.pth", "two.pth"))
-    torch.testing.assert_close(two[::2], one[::2], rtol=1e-3, atol=1e-4)  # params, opt_state: summed in another order
+    for ours, expected in ((two.params, one.params), (two.opt_state, one.opt_state)):  # summed in another order
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 @LONG
@@ -200,7 +174,7 @@ def test_torchrun_starts_a_run_again_whose_process_was_killed(tmp_path):
         [second] = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(int(second), signal.SIGKILL)
         out += process.communicate()[0]
-    assert process.returncode == 0 and steps(tmp_path / "model.pth") == 9
+    assert process.returncode == 0 and saved_steps(tmp_path / "model.pth") == 9
     assert out.count("(Step 000000)") == out.count("(Step 000005)") == 1
 
 
@@ -214,61 +188,59 @@ def test_a_process_that_is_killed_while_it_saves_leaves_a_whole_file(tmp_path):
         while stamps() == before and process.poll() is None:
             pass  # until it begins to write
         process.kill()
-    assert steps(tmp_path / "model.pth") >= len(first_lines) - 1  # all that is read is checked
+    assert saved_steps(tmp_path / "model.pth") >= len(first_lines) - 1  # all that is read is checked
 
 
 # Sampling, from a model whose scores are known
 @pytest.fixture(scope="module")
-def parrot(tmp_path_factory):
-    """A folder with a model that always scores " you" 0.5, " moves" 0.3, " effort" 0.25 and all else -100.
+def parrots(tmp_path_factory):
+    """A folder with a model that scores " you" 0.5 (0 in bfloat16), " moves" 0.3, " effort" 0.25 and all else -100.
 
-    The score of " you" is 256.5 - 256, and bfloat16 has no number between 256 and 258. In end.pth it is <|endoftext|>.
+    In end.pth it is <|endoftext|> that scores 0.5.
     """
-    folder, params = tmp_path_factory.mktemp("parrot"), init_params(SMALL, seeded())
-    params["final_norm.scale"].zero_()
-    params["final_norm.shift"].copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    folder = tmp_path_factory.mktemp("parrots")
     for name, token in {"model.pth": 345, "end.pth": 50256}.items():
-        head = torch.tensor([[-100.0, 0, 0, 0]]).repeat(50257, 1)
-        head[[token, 6100, 3626], :2] = torch.tensor([[256.5, -256], [0.3, 0], [0.25, 0]])
-        save_checkpoint(folder / name, Checkpoint(params | {"out_head.weight": head}, SMALL))
+        scores = {token: (256.5, -256), 6100: (0.3, 0), 3626: (0.25, 0)}
+        save_checkpoint(folder / name, Checkpoint(parrot(SMALL, scores, others=-100), SMALL))
     return folder
 
 
-def test_the_prompt_is_printed_and_then_the_tokens(parrot):
-    status, out, err = run(parrot, "sample.py --max-new-tokens 3 --prompt 'Hello <|endoftext|> 你'")
+def test_the_prompt_is_printed_and_then_the_tokens(parrots):
+    status, out, err = command(parrots, "sample.py --max-new-tokens 3 --prompt 'Hello <|endoftext|> 你'")
     assert (status, out) == (0, "Hello <|endoftext|> 你 you you you\n")
     assert re.fullmatch(r"3 tokens in \d+\.\d\d s, \d+\.\d tokens/s, seed 123\n", err)
-    assert run(parrot, "sample.py --max-new-tokens 0").out == f"{PROMPT}\n"
-    assert run(parrot, "sample.py --weights end.pth").out == f"{PROMPT}\n"  # the end of the text is not printed
-    assert run(parrot, "sample.py --max-new-tokens 1 --dtype bfloat16").out == f"{PROMPT} moves\n"
+    assert command(parrots, "sample.py --max-new-tokens 0").out == f"{PROMPT}\n"
+    assert command(parrots, "sample.py --weights end.pth").out == f"{PROMPT}\n"  # the end of the text is not printed
+    assert command(parrots, "sample.py --max-new-tokens 1 --dtype bfloat16").out == f"{PROMPT} moves\n"
 
 
-def test_temperature_and_top_k_are_those_that_were_typed(parrot):
+def test_temperature_and_top_k_are_those_that_were_typed(parrots):
     line = "sample.py --prompt Hello --max-new-tokens 100 --temperature 0.15"
-    two, three = run(parrot, f"{line} --top-k 2").out, run(parrot, line).out
+    two, three = command(parrots, f"{line} --top-k 2").out, command(parrots, line).out
     you, moves, effort = (math.exp(score / 0.15) for score in (0.5, 0.3, 0.25))  # abs: four standard deviations
     assert two.count(" you") == pytest.approx(100 * you / (you + moves), abs=16) and " effort" not in two
     assert three.count(" effort") == pytest.approx(100 * effort / (you + moves + effort), abs=13)
 
 
-def test_several_samples_differ_and_the_seed_gives_them_again(parrot):
+def test_several_samples_differ_and_the_seed_gives_them_again(parrots):
     line = "sample.py --num-samples 3 --temperature 1 --max-new-tokens 20"
-    status, out, err = run(parrot, line)
+    status, out, err = command(parrots, line)
     lines = out.splitlines()
     assert status == 0 and len(set(lines)) == len(lines) == 3 and all(each.startswith(PROMPT) for each in lines)
-    assert err.startswith("60 tokens in ") and run(parrot, line).out == out != run(parrot, f"{line} --seed 1").out
+    assert err.startswith("60 tokens in ")
+    assert command(parrots, line).out == out and command(parrots, f"{line} --seed 1").out != out
 
 
 @pytest.mark.parametrize("stdin, status, out", [
     ("\ufeffTwo\r\n lines 你\n".encode(), 0, "Two\n lines 你 you\n"), (b"caf\xe9", 2, ""), (b"", 2, "")])
-def test_a_dash_reads_a_prompt_in_utf8_from_standard_input(parrot, stdin, status, out):
-    result = run(parrot, "sample.py --prompt - --max-new-tokens 1", stdin=stdin)
+def test_a_dash_reads_a_prompt_in_utf8_from_standard_input(parrots, stdin, status, out):
+    result = command(parrots, "sample.py --prompt - --max-new-tokens 1", stdin=stdin)
     assert result[:2] == (status, out) and len(result.err.splitlines()) == 1
 
 
-def test_a_console_that_lacks_a_character_is_no_failure(parrot):
+def test_a_console_that_lacks_a_character_is_no_failure(parrots):
     console = io.TextIOWrapper(io.BytesIO(), "ascii", newline="\n")
-    assert run(parrot, "sample.py --prompt 'naïve 你' --max-new-tokens 1", out=console).status == 0
+    assert command(parrots, "sample.py --prompt 'naïve 你' --max-new-tokens 1", out=console).status == 0
     assert console.buffer.getvalue() == b"na?ve ? you\n"
 
 
@@ -280,10 +252,15 @@ def test_streams_that_were_closed_before_the_start_are_no_failure(monkeypatch):
         file.close()
 
 
+def test_a_warning_is_printed_without_its_place_in_the_code():
+    sample.run_command(lambda: None)
+    assert warnings.formatwarning("words", UserWarning, "sample.py", 1) == "words\n"
+
+
 # The pages
 @pytest.mark.parametrize("script", OPTIONS)
 def test_help_lists_every_option(tmp_path, script):
-    status, out, err = run(tmp_path, f"{script} --help")
+    status, out, err = command(tmp_path, f"{script} --help")
     names = {f"--{each.name.replace('_', '-')}" for kind in OPTIONS[script] for each in fields(kind)}
     assert (status, err) == (0, "") and names <= set(re.findall(r"--[a-z0-9-]+", out))
 
@@ -313,12 +290,13 @@ def test_the_python_blocks_of_a_page_run_and_print_what_it_says(tmp_path, monkey
             assert printed in (capsys.readouterr().out, None), code
 
 
-# Mistakes. The one line that each costs names the option or, in the second table, its value.
+# Mistakes, each with words of the one line that it ends in. In these tables every value is one, and that line names the
+# option or, in the second table, the value.
 OF_OPTIONS = {"train.py": f"""
     --train-ratio 0|1  --context-length 0  --epochs -1|1.5  --batch-size 0  --lr 0|inf|nan  --weight-decay -1|inf
     --warmup-steps -1  --initial-lr -1|inf  --min-lr -1|inf  --max-norm 0  --seed -1|{2**63}  --eval-freq 0
     --eval-iter 0  --start-context ''  --dtype float16  --save-every -1  --keep-best=yes  --vocab-size 100
-    --emb-dim {2**16}  --n-heads 0|5  --n-layers 0|{2**16}  --drop-rate -0.1|1  --data ''  --checkpoint ''
+    --emb-dim {2**16}  --n-heads 0|5  --data ''  --checkpoint ''
     --models-dir ''  --size 1B  --epoch 3""",
     "train.py --weights run.pth": "--n-layers 2  --context-length 16",
     "train.py --resume --checkpoint run.pth": """
@@ -334,16 +312,18 @@ OF_VALUES = {"train.py": """
     "train.py --resume": "--checkpoint cut.pth|model.pth",
     "train.py --models-dir ../models --weights openai": "--models-dir run.pth  --base-url ftp://x",
     "sample.py": "--weights absent.pth|small.pth"}
-MISTAKES = [f"{start} {flag}{value} -> {(flag.strip('-= '), value)[table is OF_VALUES]}"
-            for table in (OF_OPTIONS, OF_VALUES) for start, flags in table.items()
-            for flag, values in re.findall(r"(--[a-z-]+[ =])(\S+)", flags) for value in values.split("|")] + f"""
-train.py --data -> --data expected
-train.py --data empty.txt -> short
-train.py --resume --checkpoint run.pth --data other.txt -> another text
-train.py --emb-dim {2**16 - 1} --n-heads 1 --context-length {10**9} -> space
-train.py --checkpoint new.pth -> new-best.pth
-train.py --checkpoint absent/model.pth -> absent
-""".strip().splitlines()
+MISTAKES = [
+    ("train.py --data", "--data expected"), ("train.py --data empty.txt", "short"),
+    ("train.py --data absent.txt --data latin1.txt", "absent.txt"),  # all count, not the last alone
+    ("train.py --resume --checkpoint run.pth --data other.txt", "another text"),
+    (f"train.py --emb-dim {2**16 - 1} --n-heads 1 --context-length {10**9}", "space"),
+    ("train.py --checkpoint new.pth", "new-best.pth"), ("train.py --checkpoint absent/model.pth", "absent")]
+for table in (OF_OPTIONS, OF_VALUES):
+    for start_of_line, options in table.items():
+        for option, values in re.findall(r"(--[a-z-]+[ =])(\S+)", options):
+            for value in values.split("|"):
+                named = value if table is OF_VALUES else option.strip("-= ")
+                MISTAKES.append((f"{start_of_line} {option}{value}", named))
 
 
 @pytest.fixture(scope="module")
@@ -361,37 +341,31 @@ def litter(trained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_costs_one_line_and_changes_nothing(litter, mistake):
-    (line, words), before = mistake.split(" -> "), fingerprint(litter)
+@pytest.mark.parametrize("line, words", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_status_2_and_changes_nothing(litter, line, words):
+    before = fingerprint(litter)
     # What is typed later counts. A new run that is not refused, as it should be, is at least a small one.
-    status, out, err = run(litter, line if "--resume" in line else line.replace("train.py", f"train.py {RUN}"))
+    full = line if "--resume" in line else line.replace("train.py", f"train.py {SMALL_RUN}")
+    status, out, err = command(litter, full)
     assert (status, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith(f"{line.split()[0]}: error: ")
     assert all(word in err or word.replace("-", "_") in err for word in words.split()), err
     assert fingerprint(litter) == before
 
 
-@given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers()),
-                 st.just({}), st.builds(torch.zeros, st.integers(0, 3))))
-def test_junk_in_the_settings_of_a_saved_run_is_refused_by_name(value):
-    for name in (*(each.name for each in fields(train.Settings)), "momentum"):
-        saved = SavedRun({"context_length": 8} | {name: value}, "", torch.zeros(1), None, ())
-        try:
-            taken = getattr(train.choose({}, {}, Checkpoint({}, SMALL, None, saved))[0], name)
-        except ValueError as error:
-            assert name in str(error)
-        else:
-            default = getattr(train.Settings(), name)
-            kinds = {tuple: [list], float: [float, int], type(None): [float, int]}.get(type(default), [type(default)])
-            assert same(taken, value) and (value is default or type(value) in kinds), name
+@pytest.mark.parametrize("name, value", [
+    ("momentum", 1), ("lr", "0.1"), ("lr", math.nan), ("epochs", 1.0), ("batch_size", True), ("data", [1]),
+    ("data", "a"), ("dtype", None), ("seed", []), ("min_lr", {}), ("keep_best", 1), ("context_length", torch.ones(()))])
+def test_junk_in_the_settings_of_a_saved_run_is_refused_by_name(name, value):
+    saved = SavedRun({"context_length": 8} | {name: value}, "", torch.zeros(1), None, ())
+    assert_refused(lambda: train.choose({}, {}, Checkpoint({}, SMALL, None, saved)), name, error=ValueError)
 
 
-@pytest.mark.parametrize("command, outcome", [
+@pytest.mark.parametrize("action, outcome", [
     (Mock(side_effect=RuntimeError("shape")), RuntimeError), (Mock(side_effect=KeyError("lr")), KeyError),
     (Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")), SystemExit),
     (lambda: bytearray(2**62), SystemExit), (lambda: torch.empty(2**55), SystemExit)])
-def test_a_bug_stays_a_traceback_and_want_of_memory_costs_one_line(capsys, command, outcome):
+def test_a_bug_stays_a_traceback_and_want_of_memory_costs_one_line(capsys, action, outcome):
     with pytest.raises(outcome) as ended:
-        sample.run_command(command)
+        sample.run_command(action)
     lines = capsys.readouterr().err.splitlines()
     assert (ended.value.code, len(lines)) == (2, 1) if outcome is SystemExit else lines == []

@@ -6,7 +6,7 @@ import ast
 import copy
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import gpt
-from conftest import HERE, LONG, ROUNDING, TINY, configs, refused, same, seeded, seeds, tie
-from gpt import (Checked, Config, calc_loss, compute_in, distinct, empty_cache, extend, forward, init_params, linear,
-                 map_params, option, pack)
+from conftest import (HERE, LONG, ROUNDING, TINY, assert_refused, configs, examples, noisy_params, parrot, random_ids,
+                      same, seeded, seeds, tie)
+from gpt import (Config, calc_loss, compute_in, distinct, dropout, empty_cache, extend, forward, init_params, linear,
+                 map_params, pack)
 from sample import generate, gpt2_tokenizer, text_to_token_ids, token_ids_to_text
+from train import Settings
 
 INPUTS = torch.tensor([[16833, 3626, 6100], [40, 1107, 588]])    # "every effort moves", "I really like"
 TARGETS = torch.tensor([[3626, 6100, 345], [1107, 588, 11311]])  # " effort moves you", " really like chocolate"
@@ -33,46 +34,28 @@ LENGTHS = (1, 5, 20)  # oneDNN may multiply one token and many; a few are always
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="the inductor needs a C++ compiler")
 
 
-def tokens(config, *shape):
-    return torch.randint(config.vocab_size, shape, generator=seeded())
-
-
-def examples(config, length, batch=2):
-    """Inputs and targets, each (batch, length)."""
-    ids = tokens(config, batch, length + 1)
-    return ids[:, :-1], ids[:, 1:]
-
-
-def model(config, dtype, seed=123):
-    """First parameters in this type, moved a little, so that no norm or bias is without effect."""
-    generator = seeded(seed)
-    return map_params(lambda tensor: (tensor + 0.1 * torch.randn(tensor.shape, generator=generator)).to(dtype),
-                      init_params(config, generator))
-
-
 def leaves_of(params):
     return map_params(lambda tensor: tensor.detach().clone().requires_grad_(), params)
 
 
 def gradients_of(params, inputs, targets, config, dtype=torch.float32):
-    """The gradient of the loss by each parameter, by plain autograd; a tied one has one."""
+    """The gradient of the loss by each parameter, by plain autograd; tied ones have one together."""
     leaves = leaves_of(params)
     loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config)
-    return dict(zip(leaves, torch.autograd.grad(loss, distinct(leaves)), strict=False))
+    gradients = dict(zip(distinct(leaves), torch.autograd.grad(loss, distinct(leaves)), strict=True))
+    return map_params(gradients.get, leaves)
 
 
 # Section 5.1.1: a model that has learned nothing
-
 def test_the_untrained_model_writes_the_chapters_nonsense(untrained):
     tokenizer = gpt2_tokenizer()
-    ids = generate(untrained, text_to_token_ids("Every effort moves you", tokenizer), Config(), 10)
+    ids = generate(untrained.params, text_to_token_ids("Every effort moves you", tokenizer), Config(), 10)
     assert token_ids_to_text(ids, tokenizer) == "Every effort moves you rentingetic wasnم refres RexMeCHicular stren"
 
 
 # Section 5.1.2: the loss, step by step, then by the function that replaces the steps
-
 def test_the_loss_by_hand_is_the_cross_entropy(untrained):
-    logits = forward(untrained, INPUTS, Config())
+    logits = forward(untrained.params, INPUTS, Config())
     probabilities = logits.softmax(dim=-1)
     assert probabilities.shape == (2, 3, 50257)
 
@@ -90,13 +73,17 @@ def test_the_loss_by_hand_is_the_cross_entropy(untrained):
     assert by_hand.item() == pytest.approx(10.7940, abs=1e-4)
 
     library = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
-    ours = calc_loss(untrained, INPUTS, TARGETS, Config())
+    ours = calc_loss(untrained.params, INPUTS, TARGETS, Config())
     assert [library.item(), ours.item()] == pytest.approx([by_hand.item()] * 2, abs=1e-5)
     assert ours.exp().item() == pytest.approx(48725.8203, abs=0.1)  # the perplexity
 
 
-# The parameters
+def test_the_perplexity_of_a_model_that_prefers_nothing_is_the_number_of_tokens():
+    loss = calc_loss(parrot(TINY, {}), *examples(TINY, 12), TINY)
+    assert loss.exp().item() == pytest.approx(TINY.vocab_size)
 
+
+# The parameters
 def made_of_modules(config):
     """The parameters of PyTorch's modules, made in the order in which the chapter's model makes them."""
     E, names = config.emb_dim, {"weight": "scale", "bias": "shift"}  # the chapter's names for those of a norm
@@ -107,17 +94,20 @@ def made_of_modules(config):
         modules |= {f"{block}.ff.layers.0": nn.Linear(E, 4 * E), f"{block}.ff.layers.2": nn.Linear(4 * E, E)}
         modules |= {f"{block}.norm1": nn.LayerNorm(E), f"{block}.norm2": nn.LayerNorm(E)}
     modules |= {"final_norm": nn.LayerNorm(E), "out_head": nn.Linear(E, config.vocab_size, bias=False)}
-    return {f"{name}.{names[part] if 'norm' in name else part}": tensor.detach()
-            for name, module in modules.items() for part, tensor in module.named_parameters()}
+    params = {}
+    for name, module in modules.items():
+        for part, tensor in module.named_parameters():
+            params[f"{name}.{names[part] if 'norm' in name else part}"] = tensor.detach()
+    return params
 
 
 @given(configs, seeds, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_parameters_are_drawn_as_pytorchs_modules_draw_them(config, seed, default):
+def test_parameters_are_drawn_as_pytorchs_modules_draw_them(config, seed, default_dtype):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         expected, random_state = made_of_modules(config), torch.get_rng_state()
     generator = seeded(seed)
-    torch.set_default_dtype(default)  # of other people's tensors
+    torch.set_default_dtype(default_dtype)  # which must not matter
     try:
         params = init_params(config, generator)
     finally:
@@ -128,17 +118,21 @@ def test_parameters_are_drawn_as_pytorchs_modules_draw_them(config, seed, defaul
 
 
 def test_tied_parameters_are_mapped_once_and_stay_tied():
-    params, calls = tie(init_params(TINY, seeded())), []
-    mapped = map_params(lambda tensor: calls.append(tensor) or tensor.double(), params)
+    params, seen = tie(init_params(TINY, seeded())), []
+
+    def function(tensor):
+        seen.append(id(tensor))
+        return tensor.double()
+    mapped = map_params(function, params)
     assert list(mapped) == list(params)
     assert mapped["out_head.weight"] is mapped["tok_emb.weight"]
-    assert [id(tensor) for tensor in calls] == [id(params[name]) for name in params if name != "out_head.weight"]
+    assert seen == [id(params[name]) for name in params if name != "out_head.weight"]
     equal = params | {"out_head.weight": params["tok_emb.weight"].clone()}  # but not tied
     assert len({id(tensor) for tensor in map_params(torch.clone, equal).values()}) == len(params)
 
 
-def test_in_the_computations_type_the_embeddings_stay_as_they_are():
-    params, ids = tie(model(TINY, torch.float32)), tokens(TINY, 2, 12)
+def test_compute_in_converts_all_but_the_embeddings():
+    params, ids = tie(noisy_params(TINY, torch.float32)), random_ids(TINY, 2, 12)
     assert all(tensor is params[name] for name, tensor in compute_in(params, torch.float32).items())
     lower = compute_in(params, torch.bfloat16)
     assert lower["tok_emb.weight"] is params["tok_emb.weight"] and lower["pos_emb.weight"] is params["pos_emb.weight"]
@@ -156,7 +150,6 @@ def test_a_tied_gradient_is_the_sum_of_both_uses(dtype):
 
 
 # The forward pass
-
 def numpy_forward(params, token_ids, config, drop=lambda x: x):
     """GPT-2 as the book describes it, in NumPy; `drop` is its dropout."""
     weights = {name: tensor.numpy() for name, tensor in params.items()}
@@ -188,32 +181,42 @@ def numpy_forward(params, token_ids, config, drop=lambda x: x):
 
 @given(configs, seeds, st.data())
 def test_without_a_generator_logits_are_those_of_numpy(config, seed, data):
-    params = model(config, torch.float64, seed)
-    ids = tokens(config, data.draw(st.integers(1, 3)), data.draw(st.integers(1, config.context_length)))
+    params = noisy_params(config, seed=seed)
+    ids = random_ids(config, data.draw(st.integers(1, 3)), data.draw(st.integers(1, config.context_length)))
     assert_close(forward(params, ids, config), numpy_forward(params, ids, config))
+
+
+def test_dropout_zeroes_a_part_and_keeps_the_mean():
+    x = torch.ones(10_000)
+    dropped = dropout(x, 0.3, seeded())
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)  # about five standard deviations
+    assert dropout(x, 0.3, None) is dropout(x, 0.0, seeded()) is x
 
 
 @given(configs, seeds)
 def test_with_a_generator_there_is_dropout_as_pytorch_draws_it(config, seed):
-    params, (ids, targets) = model(config, torch.float64, seed), examples(config, config.context_length)
+    params, (ids, targets) = noisy_params(config, seed=seed), examples(config, config.context_length)
     generators = seeded(seed), seeded(seed)
+
+    def drop(x):
+        return F.dropout(torch.tensor(x), config.drop_rate).numpy() if config.drop_rate > 0 else x
     logits = forward(params, ids, config, generators[0])
     loss = calc_loss(params, ids, targets, config, generators[1])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        expected = numpy_forward(params, ids, config, lambda x: F.dropout(torch.tensor(x), config.drop_rate).numpy()
-                                 if config.drop_rate > 0 else x)
+        expected = numpy_forward(params, ids, config, drop)
         assert all(torch.equal(each.get_state(), torch.get_rng_state()) for each in generators)
     assert_close((logits, loss), (expected, F.cross_entropy(expected.flatten(0, 1), targets.flatten())))
 
 
-@given(configs, seeds, st.sampled_from([lambda: None, seeded]), st.data())
-def test_a_token_changes_no_logit_before_it(config, seed, generator, data):
-    params, ids = model(config, torch.float64, seed), tokens(config, 2, config.context_length)
+@given(configs, seeds, st.booleans(), st.data())
+def test_a_token_changes_no_logit_before_it(config, seed, has_dropout, data):
+    params, ids = noisy_params(config, seed=seed), random_ids(config, 2, config.context_length)
     t = data.draw(st.integers(0, config.context_length - 1))
     changed = ids.clone()
     changed[:, t:] = (changed[:, t:] + 1) % config.vocab_size
-    before, after = (forward(params, each, config, generator()) for each in (ids, changed))
+    before, after = (forward(params, each, config, seeded() if has_dropout else None) for each in (ids, changed))
     assert torch.equal(before[:, :t], after[:, :t])
 
 
@@ -232,32 +235,37 @@ def test_calls_change_neither_their_arguments_nor_pytorchs_random_state(config, 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_results_are_the_same_with_gradients_without_and_in_inference(length):
-    params, ids = init_params(PLAIN, seeded()), tokens(PLAIN, 2, length)
+def test_logits_are_the_same_with_gradients_without_and_in_inference_mode(length):
+    params, ids = init_params(PLAIN, seeded()), random_ids(PLAIN, 2, length)
     expected, differentiable = forward(params, ids, PLAIN), forward(leaves_of(params), ids, PLAIN)
     assert differentiable.requires_grad and not expected.requires_grad
     with torch.no_grad():
         assert same([differentiable, forward(params, ids, PLAIN)], [expected] * 2)
     with torch.inference_mode():
         assert same(forward(params, ids, PLAIN), expected)
-        x, weight = torch.ones(1, length, 3), torch.ones(2, 3)
-        gradient = torch.func.grad(lambda weight: linear(x, {"layer.weight": weight}, "layer").sum())(weight)
-        assert (gradient == length).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_logits_are_float32_at_least_and_a_cache_has_the_models_type(dtype):
-    params, ids = model(TINY, dtype), tokens(TINY, 1, 3)
+@pytest.mark.parametrize("length", LENGTHS)
+@torch.inference_mode()
+def test_torch_func_gives_gradients_also_in_inference_mode(length):
+    x, weight = torch.ones(1, length, 3), torch.ones(2, 3)
+    gradient = torch.func.grad(lambda weight: linear(x, {"layer.weight": weight}, "layer").sum())(weight)
+    assert (gradient == length).all()
+
+
+@pytest.mark.parametrize("dtype, logits_dtype", [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_logits_are_float32_at_least_and_a_cache_has_the_models_type(dtype, logits_dtype):
+    params, ids = noisy_params(TINY, dtype), random_ids(TINY, 1, 3)
     logits, cache = extend(params, ids, TINY, empty_cache(params, 1, 3, TINY))
     assert cache.buffer.dtype == dtype
-    assert logits.dtype == forward(params, ids, TINY).dtype == max(dtype, torch.float32, key=lambda each: each.itemsize)
+    assert logits.dtype == forward(params, ids, TINY).dtype == logits_dtype
 
 
 # The cache
-
 @given(configs, seeds, st.data())
 def test_a_prompt_and_then_single_tokens_give_the_logits_of_all_at_once(config, seed, data):
-    params, ids = model(config, torch.float64, seed), tokens(config, 2, config.context_length)
+    params, ids = noisy_params(config, seed=seed), random_ids(config, 2, config.context_length)
     prompt = data.draw(st.integers(1, config.context_length))
     rows, cache = [], empty_cache(params, 2, config.context_length, config)
     for part in ids.split([prompt] + [1] * (config.context_length - prompt), dim=1):
@@ -270,24 +278,21 @@ def test_a_prompt_and_then_single_tokens_give_the_logits_of_all_at_once(config, 
 
 
 @pytest.mark.parametrize("room, lengths", [
-    (8, [0]), (8, [9]), (8, [8, 1]), (8, [4, 0]), (8, [4, 2]),  # after a first call one at a time
-    (20, [13]), (20, [12, 1]),  # TINY has a context of 12
-])
-def test_a_cache_refuses_what_does_not_fit(room, lengths):
+    (8, [0]), (8, [9]), (8, [8, 1]), (8, [4, 0]), (8, [4, 2]), (20, [13]), (20, [12, 1])])
+def test_a_cache_takes_a_prompt_and_then_single_tokens_as_far_as_there_is_room(room, lengths):
     params = init_params(TINY, seeded())
     cache = empty_cache(params, 2, room, TINY)
     for length in lengths[:-1]:
-        _, cache = extend(params, tokens(TINY, 2, length), TINY, cache)
-    refused(lambda: extend(params, tokens(TINY, 2, lengths[-1]), TINY, cache), f"{lengths[-1]} tokens")
+        _, cache = extend(params, random_ids(TINY, 2, length), TINY, cache)
+    assert_refused(lambda: extend(params, random_ids(TINY, 2, lengths[-1]), TINY, cache), f"{lengths[-1]} tokens")
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (1, 2, 3), (1, 0), (1, 13)])
 def test_tokens_that_are_no_rows_or_do_not_fit_are_refused(shape):
-    refused(lambda: forward(init_params(TINY, seeded()), tokens(TINY, *shape), TINY), error=ValueError)
+    assert_refused(lambda: forward(init_params(TINY, seeded()), random_ids(TINY, *shape), TINY), error=ValueError)
 
 
 # PyTorch's transforms
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # where vmap can only loop
 @pytest.mark.parametrize("length", LENGTHS)
 def test_gradients_of_models_and_examples_by_vmap_are_those_of_each_alone(length):
@@ -304,20 +309,17 @@ def test_gradients_of_models_and_examples_by_vmap_are_those_of_each_alone(length
             assert_close({name: tensor[i, j] for name, tensor in together.items()}, alone, **ROUNDING)
 
 
-@pytest.mark.parametrize("generator", [lambda: None, seeded])
-def test_first_and_second_derivatives_are_finite_differences(generator):
+@pytest.mark.parametrize("has_dropout", [False, True])
+def test_gradients_are_finite_differences(has_dropout):
     config = replace(TINY, n_layers=1)
-    params, batch = model(config, torch.float64), examples(config, 3)
+    params, batch = noisy_params(config), examples(config, 3)
 
     def loss(*tensors):
-        return calc_loss(dict(zip(params, tensors, strict=True)), *batch, config, generator())
-    leaves = tuple(leaves_of(params).values())
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
-        assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
-        assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
+        return calc_loss(dict(zip(params, tensors, strict=True)), *batch, config, seeded() if has_dropout else None)
+    assert torch.autograd.gradcheck(loss, tuple(leaves_of(params).values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[LONG, NEEDS_COMPILER])])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[LONG, NEEDS_COMPILER])])
 def test_one_compiled_function_serves_all_lengths(backend):
     torch.compiler.reset()  # else what other tests have compiled would count
     config, compiled = replace(PLAIN, n_layers=1), torch.compile(forward, fullgraph=True, backend=backend)
@@ -326,22 +328,22 @@ def test_one_compiled_function_serves_all_lengths(backend):
         results = []
         for function in (compiled, forward):
             leaves = leaves_of(params)
-            logits = function(leaves, tokens(config, 2, length), config)
+            logits = function(leaves, random_ids(config, 2, length), config)
             results.append((logits, torch.autograd.grad(logits.square().mean(), list(leaves.values()))))
         assert_close(*results, **ROUNDING)
 
 
 # The products, by whichever library
-
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, ROUNDING), (torch.bfloat16, COARSE)])
 def test_logits_are_those_of_float64_packed_or_not(dtype, tolerance, qkv_bias):
     config = replace(PLAIN, qkv_bias=qkv_bias)
-    params = model(config, dtype)
+    params = noisy_params(config, dtype)
     exact, packed = map_params(torch.Tensor.double, params), pack(params)
     assert len(packed) < len(params)
     for batch, length in ((1, 1), (2, 1), (1, 5), (1, 20)):
-        all_logits = [forward(each, tokens(config, batch, length), config).float() for each in (params, packed, exact)]
+        ids = random_ids(config, batch, length)
+        all_logits = [forward(each, ids, config).float() for each in (params, packed, exact)]
         assert_close(all_logits[:2], [all_logits[2]] * 2, **tolerance)
 
 
@@ -355,10 +357,10 @@ def derivatives(product, *layer):
 
 
 @pytest.mark.skipif(not gpt.ONEDNN, reason="this build of PyTorch has no oneDNN")
-@given(st.sampled_from(LENGTHS), st.integers(1, 40), st.integers(1, 40), st.sampled_from([[], [None]]))
-def test_onednns_product_and_derivatives_are_those_of_pytorchs_linear(length, fan_in, fan_out, no_bias):
-    shapes, generator = [(2, length, fan_in), (fan_out, fan_in), (fan_out,)], seeded()
-    layer = [torch.randn(shape, generator=generator) for shape in shapes[:3 - len(no_bias)]]
+@given(st.sampled_from(LENGTHS), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_onednns_product_and_derivatives_are_those_of_pytorchs_linear(length, fan_in, fan_out, has_bias):
+    shapes, generator = [(2, length, fan_in), (fan_out, fan_in), *[(fan_out,)] * has_bias], seeded()
+    layer, no_bias = [torch.randn(shape, generator=generator) for shape in shapes], [None] * (not has_bias)
     exact = derivatives(F.linear, *(tensor.double() for tensor in layer))
     assert_close(derivatives(lambda *layer: gpt.OneDNNLinear.apply(*layer, *no_bias), *layer), exact, **ROUNDING)
     assert_close(gpt.onednn_product(*layer, *no_bias), exact[0], **ROUNDING)
@@ -372,48 +374,31 @@ def test_pytorch_multiplies_where_onednns_switch_is_off(dtype):
         for length in LENGTHS:
             x = torch.randn(1, length, 300, generator=seeded(length)).to(dtype)
             assert torch.equal(linear(x, {"layer.weight": weight}, "layer"), F.linear(x, weight))
-        assert not any(tensor.is_mkldnn for tensor in pack(model(PLAIN, dtype)).values())
+        assert not any(tensor.is_mkldnn for tensor in pack(noisy_params(PLAIN, dtype)).values())
 
 
 # Settings
-
-@dataclass(frozen=True)
-class Choices(Checked):
-    part: float = option(0.5, "a part of a whole", above=0, below=1)
-    letter: str = option("a", "a letter", one_of=("a", "b"))
-    files: tuple[str, ...] = option((), "paths")
-    limit: int | None = option(None, "a limit, if there is one", at_least=1)
-
-
-@pytest.mark.parametrize("kind, field, values", [
-    (Config, "vocab_size", [0, -1]), (Config, "context_length", [0]), (Config, "n_heads", [0, True]),
-    (Config, "emb_dim", [0, 2**16, 769]),  # 769 is no multiple of 12 heads
-    (Config, "n_layers", [0, 2**16, 1.0, "2", None, [2]]), (Config, "drop_rate", [-0.1, 1, math.nan, "0.1"]),
-    (Config, "qkv_bias", [1, None]), (Choices, "part", [0, 1]), (Choices, "letter", ["c", ""]),
-    (Choices, "files", ["a", (1,), ("a", "")]), (Choices, "limit", [0, 2.0, (2,)]),
-])
-def test_a_setting_of_another_type_or_out_of_bounds_is_refused(kind, field, values):
-    for value in values:
-        refused(lambda value=value: kind(**{field: value}), field, error=ValueError)
-
-
-@pytest.mark.parametrize("kind, field, values", [
-    (Config, "vocab_size", [1]), (Config, "context_length", [1]), (Config, "n_heads", [1, 768]),
-    (Config, "emb_dim", [12, 2**16 - 16]), (Config, "n_layers", [1, 2**16 - 1]), (Config, "drop_rate", [0, 0.999]),
-    (Config, "qkv_bias", [True]), (Choices, "part", [0.001, 0.999]), (Choices, "letter", ["a", "b"]),
-    (Choices, "files", [("a", Path("b")), ["a"]]), (Choices, "limit", [1, None]),
-])
-def test_a_setting_within_its_bounds_is_kept(kind, field, values):
-    assert [getattr(kind(**{field: value}), field) for value in values] == values
+@pytest.mark.parametrize("kind, field, right, wrong", [
+    (Config, "vocab_size", [1], [0, -1]), (Config, "context_length", [1], [0]), (Config, "qkv_bias", [True], [1, None]),
+    (Config, "n_heads", [1, 768], [0, True]), (Config, "drop_rate", [0, 0.999], [-0.1, 1, math.nan, "0.1"]),
+    (Config, "n_layers", [1, 2**16 - 1], [0, 2**16, 1.0, "2", None, [2]]),
+    (Config, "emb_dim", [12, 2**16 - 16], [0, 2**16, 769]),  # 769 is no multiple of 12 heads
+    (Settings, "train_ratio", [0.01, 0.9], [0, 1]), (Settings, "min_lr", [None, 0], [-1, "0", (1,)]),
+    (Settings, "dtype", ["float32", "bfloat16"], ["float16", "", None]),
+    (Settings, "data", [("a", Path("b")), ["a"]], ["a", (1,), ("a", "")])])
+def test_a_setting_is_kept_if_its_type_and_bounds_are_right_else_refused(kind, field, right, wrong):
+    assert [getattr(kind(**{field: value}), field) for value in right] == right
+    for value in wrong:
+        assert_refused(lambda value=value: kind(**{field: value}), field, error=ValueError)
 
 
 # The line where the chapter ends
-
 CROSSING = {"gpt.py": {"outputs"}}  # all that is used above a script's line and defined below it
 
 
 @pytest.mark.parametrize("script", ["gpt.py", "weights.py", "sample.py", "train.py"])
 def test_the_chapter_uses_nothing_that_is_defined_below_its_end(script):
+    """So one can stop reading a script at the line that says where the chapter ends."""
     text = (HERE / script).read_text(encoding="utf-8")
     [end] = [i for i, line in enumerate(text.splitlines(), 1) if line.startswith("#") and "chapter ends" in line]
     used, defined = set(), set()
