@@ -151,7 +151,7 @@ def test_a_model_learns_one_batch_by_heart():
     for _ in range(100):
         params, opt_state, loss = train_step(params, opt_state, *batch, TINY, lr=0.01)
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(TINY.vocab_size), rel=0.1) and losses[-1] < 0.1
+    assert losses[0] == pytest.approx(math.log(31), rel=0.1) and losses[-1] < 0.1 and not loss.requires_grad
 
 
 def by_columns(tensor):
@@ -268,6 +268,7 @@ def test_a_run_needs_whole_batches_which_all_processes_can_share():
     settings = Settings(context_length=4, train_ratio=0.65, epochs=7)  # of 14 words 9, two windows with their targets
     assert make_run(" a" * 14, SMALL, settings).total_steps == 7
     assert_refused(lambda: make_run(" a" * 13, SMALL, settings), "1 windows", "short")
+    assert_refused(lambda: make_run(" a" * 14, SMALL, replace(settings, train_ratio=0.9)), "0 for validation", "short")
     assert_refused(lambda: make_run(" a" * 14, SMALL, settings, Processes(0, 3)), "batch_size")
 
 
