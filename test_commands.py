@@ -241,8 +241,7 @@ def test_a_dash_reads_a_prompt_in_utf8_from_standard_input(parrots, stdin, statu
 def test_a_console_that_lacks_a_character_is_no_failure(parrots):
     console = io.TextIOWrapper(io.BytesIO(), "ascii", newline="\n")
     assert command(parrots, "sample.py --prompt 'naïve 你' --max-new-tokens 1", out=console).status == 0
-    assert console.buffer.getvalue() == b"na?ve ? you\n"
-    assert console.line_buffering  # also through a pipe a line is seen at once
+    assert console.buffer.getvalue() == b"na?ve ? you\n" and console.line_buffering  # a pipe gets each line at once
 
 
 def test_streams_that_were_closed_before_the_start_are_no_failure(monkeypatch):

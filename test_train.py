@@ -50,8 +50,7 @@ def test_windows_start_where_the_chapters_do_and_targets_are_one_later(n, length
 
 @LONG
 def test_the_losses_of_the_untrained_model_are_the_chapters(untrained):
-    losses = evaluate_model(untrained.params, CHAPTER_RUN, seeded())
-    assert losses == pytest.approx((10.98758, 10.98110), abs=1e-5)
+    assert evaluate_model(untrained.params, CHAPTER_RUN, seeded()) == pytest.approx((10.98758, 10.98110), abs=1e-5)
 
 
 # Section 5.2: training
@@ -311,6 +310,7 @@ def test_losses_are_printed_every_eval_freq_steps_and_a_sample_after_an_epoch(ev
     run = small_run(eval_freq=eval_freq)
     for function in (train_simple, train):
         state = function(run, start_state(run))
+        assert function(run, state) is state  # nothing is left to do
         marks = [f"{line[3]}:{int(line[11:17]) + 1}" if line.startswith("Ep ") else "s"  # epoch:step or a sample
                  for line in capsys.readouterr().out.splitlines()]
         assert " ".join(marks) == log and [step for step, _, _ in state.evaluations] == evaluated
@@ -395,6 +395,7 @@ def test_two_processes_train_as_one_does(drop_rate):
         both = []  # first the gradients of each process, then what both do with the mean
         for rank in range(2):
             next_of(rank, lambda gradients: both.append(gradients) or gradients)
+        assert not same(*both)  # each is of one half of the batch
         mean = [sum(pair) / 2 for pair in zip(*both, strict=True)]
         return [next_of(rank, lambda _: mean) for rank in range(2)]
     state = start_state(run)

@@ -496,8 +496,8 @@ def test_a_place_that_cannot_be_written_is_refused_by_its_name(tmp_path, request
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))  # so that c.pth ends as on a full disk
-    checkpoint = Checkpoint(MODEL, GPT2)
-    assert_refused(lambda: save_checkpoint(tmp_path / name, checkpoint), str(tmp_path / name), word, error=OSError)
+    path = tmp_path / name
+    assert_refused(lambda: save_checkpoint(path, Checkpoint(MODEL, GPT2)), str(path), word, error=OSError)
 
 
 @LINUX

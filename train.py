@@ -347,7 +347,7 @@ def train(run: Run, state: State, checkpoint: str | Path | None = None) -> State
     """The last state of a run: at its end, or after the step in which a signal came (section 5.2).
 
     Prints the chapter's log. With a checkpoint, saves there at the start, every save_every steps and at the end, also
-    at the end by an error, and draws the losses beside it; only an infinite or nan loss, a FloatingPointError, leaves
+    at the end by an error, and draws the losses beside it. A model that computes nan is a FloatingPointError and leaves
     the file as it is. Of several processes, the first alone prints and saves. A signal is sent again when all is saved:
     Ctrl-C is a KeyboardInterrupt then.
     """
@@ -368,7 +368,7 @@ def train(run: Run, state: State, checkpoint: str | Path | None = None) -> State
                     if path and run.settings.keep_best and is_best(state):
                         attempt(save_state, run, state, path.with_stem(f"{path.stem}-best"))
         finally:
-            if path and not isinstance(sys.exception(), FloatingPointError):
+            if path:
                 finish(run, state, path)
     return state
 
