@@ -128,9 +128,9 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(trained, tmp_path, na
     number = getattr(signal, name, signal.SIGINT)
     out = Listener(lambda text: signal.raise_signal(number) if f"(Step {step:06d})" in text else None)
     before = signal.signal(number, signal.default_int_handler)
-    first = command(tmp_path, f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1 --checkpoint 'a model.pth'", out=out)
+    first = command(tmp_path, f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1 --checkpoint 'a model.png'", out=out)
     signal.signal(number, before)
-    assert first.status == 130 and saved_steps(tmp_path / "a model.pth") == step + 1
+    assert first.status == 130 and saved_steps(tmp_path / "a model.png") == step + 1
     _, script, *arguments = shlex.split(first.err.split("`")[1])  # the command that goes on, as it says
     assert (tmp_path / script).samefile(HERE / "train.py")
     rest = command(tmp_path, shlex.join(["train.py", *arguments]))
