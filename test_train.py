@@ -374,14 +374,18 @@ def test_a_model_that_computes_nan_ends_the_run_and_is_not_saved(tmp_path, save_
     assert saved_steps(path) == step and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_signal_that_was_ignored_before_a_run_does_not_end_it():
-    run, before = small_run(eval_freq=1), signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as SIGHUP is under nohup
+@pytest.mark.parametrize("number, handler, steps, is_default_then", [
+    (signal.SIGTERM, signal.SIG_IGN, 12, False),  # ignored, as SIGHUP is under nohup
+    (signal.SIGTERM, lambda *_: None, 1, False), (signal.SIGINT, lambda *_: None, 1, True)])
+def test_a_signal_ends_a_run_unless_it_is_ignored_and_a_second_ctrl_c_its_process(
+        number, handler, steps, is_default_then):
+    run, before, then = small_run(eval_freq=1), signal.signal(number, handler), []
     try:
-        with listening(lambda step: signal.raise_signal(signal.SIGTERM)):
-            assert train(run, start_state(run)).opt_state.step == 12
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        with listening(lambda step: signal.raise_signal(number) or then.append(signal.getsignal(number))):
+            assert train(run, start_state(run)).opt_state.step == len(then) == steps
+        assert (then[0] == signal.SIG_DFL) == is_default_then and signal.getsignal(number) == handler
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 # Several processes
