@@ -394,13 +394,10 @@ def test_a_setting_is_kept_if_its_type_and_bounds_are_right_else_refused(kind, f
 
 
 # The line where the chapter ends
-CROSSING = {"gpt.py": {"outputs"}}  # all that is used above a script's line and defined below it
-
-
 @pytest.mark.parametrize("script", ["gpt.py", "weights.py", "sample.py", "train.py"])
 def test_the_chapter_uses_nothing_that_is_defined_below_its_end(script):
     """So one can stop reading a script at the line that says where the chapter ends."""
     above, below = re.split("(?m)^# -+ The chapter ends here", (HERE / script).read_text(encoding="utf-8"))
     used = {node.id for node in ast.walk(ast.parse(above)) if isinstance(node, ast.Name)}
     starts = re.findall(r"(?m)^(?!if)\w[\w, ]*", below)  # such as `def outputs`, `AMX` or `PROCESSOR, VECTORS`
-    assert used & set(re.findall(r"\w+", " ".join(starts))) == CROSSING.get(script, set())
+    assert used & set(re.findall(r"\w+", " ".join(starts))) == ({"outputs"} if script == "gpt.py" else set())
