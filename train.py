@@ -347,9 +347,9 @@ def train(run: Run, state: State, checkpoint: str | Path | None = None) -> State
     """The last state of a run: at its end, or after the step in which a signal came (section 5.2).
 
     Prints the chapter's log. With a checkpoint, saves there at the start, every save_every steps and at the end, also
-    at the end by an error, and draws the losses beside it. A model that computes nan is a FloatingPointError and leaves
-    the file as it is. Of several processes, the first alone prints and saves. A signal is sent again when all is saved:
-    Ctrl-C is a KeyboardInterrupt then.
+    at the end by an error, and draws the losses beside it. FloatingPointError if the loss is infinite or nan; a model
+    that computes nan is not saved. Of several processes, the first alone prints and saves. A signal is sent again when
+    all is saved: Ctrl-C is a KeyboardInterrupt then.
     """
     is_leader, every, device = run.processes.rank == 0, run.settings.save_every, state.params["tok_emb.weight"].device
     path = Path(checkpoint) if checkpoint and is_leader else None

@@ -76,8 +76,8 @@ def assign(left: Tensor, right: Any) -> Tensor:
 def check_params(params: Params, config: Config) -> Params:
     """The parameters of `config`, in its order; a ValueError names one that is missing, unknown or misshapen.
 
-    They are contiguous, which AdamW's fused kernel needs; the chapter saves OpenAI's weights transposed. An output head
-    that equals the token embedding is tied to it; in the chapter it is a copy.
+    They are contiguous, where the chapter saves OpenAI's weights transposed. An output head that equals the token
+    embedding is tied to it; in the chapter it is a copy.
     """
     needed, given = param_shapes(config), {name: tuple(tensor.shape) for name, tensor in params.items()}
     for name in sorted(needed.keys() | given.keys()):
