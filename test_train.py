@@ -56,7 +56,7 @@ def test_the_losses_of_the_untrained_model_are_the_chapters(untrained):
 @pytest.mark.parametrize("eval_iter, train_loss", [(1, r"9\.\d{3}"), pytest.param(5, r"9\.781", marks=LONG)])
 def test_the_first_step_prints_the_first_line_of_the_chapters_log(untrained, eval_iter, train_loss):
     run = CHAPTER_RUN._replace(settings=Settings(eval_iter=eval_iter))
-    [line] = log_lines(run, next_state(run, deepcopy(untrained)))
+    [line] = log_lines(run, next_state(run, deepcopy(untrained)._replace(opt_state=init_optimizer(untrained.params))))
     assert re.fullmatch(rf"Ep 1 \(Step 000000\): Train loss {train_loss}, Val loss 9\.933", line)
 
 
