@@ -164,7 +164,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     result = command(folder, f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1")
     assert result.status == 0, result.err
-    (folder / "log.txt").write_text(result.out, encoding="utf-8")
+    (folder / "log.txt").write_bytes(result.out.encode())
     return folder
 
 

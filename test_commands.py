@@ -80,7 +80,7 @@ def test_the_log_is_on_standard_output_and_the_rest_on_standard_error(tmp_path):
 def test_a_run_that_goes_on_is_as_if_it_never_stopped_and_epochs_are_the_total(trained, tmp_path, line, environment):
     first = command(tmp_path, f"train.py {SMALL_RUN} --epochs 1 --eval-freq 1", **environment)  # there is no file yet
     rest = command(tmp_path, line, **environment)
-    assert first.out + rest.out == (trained / "log.txt").read_text(encoding="utf-8")
+    assert first.out + rest.out == (trained / "log.txt").read_bytes().decode()
     assert same(load_checkpoint(tmp_path / "model.pth"), load_checkpoint(trained / "model.pth"))
     assert command(tmp_path, "train.py --resume")[:2] == (0, "")  # there is nothing left to do
     assert command(tmp_path, f"train.py {SMALL_RUN}", TORCHELASTIC_RESTART_COUNT="0").status == 2  # a first start
@@ -91,7 +91,7 @@ def test_no_epochs_print_losses_and_perplexities_and_write_nothing(trained):
     status, out, _ = command(trained, f"{line} --data '{HERE}/docs/training-log.txt'")
     *losses, one, two = map(float, re.findall(r"\d+\.\d+", out))
     assert re.findall("[a-z]+ (?=[0-9])", out) == ["loss ", "loss ", "perplexity ", "perplexity "]
-    assert [*map(math.exp, losses)] == pytest.approx([one, two], rel=1e-5)  # half of the losses' last digit
+    assert [*map(math.exp, losses)] == pytest.approx([one, two], rel=1e-5)  # the losses' last digit
     assert status == 0 and fingerprint(trained) == before
 
 
@@ -124,8 +124,8 @@ def test_the_first_process_loads_the_model_before_the_others(trained, tmp_path, 
     def average(flags):  # here each waits for the others: the first is done with the file, and the second finds it
         os.rename(path, tmp_path / ("another.pth", "other.pth")[rank])
         return flags
-    files, cpu = train.Files(weights=str(tmp_path / "other.pth")), torch.device("cpu")
-    train.prepare({"context_length": 8}, {}, files, cpu, train.Processes(rank, 2, average))
+    files = train.Files(checkpoint=str(tmp_path / "new.pth"), weights=str(tmp_path / "other.pth"))
+    train.prepare({"context_length": 8}, {}, files, torch.device("cpu"), train.Processes(rank, 2, average))
     assert not os.path.exists(path)
 
 
@@ -142,14 +142,14 @@ def test_a_script_that_is_called_by_a_link_finds_what_lies_beside_it(tmp_path, m
 def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(trained, tmp_path, name, step):
     number = getattr(signal, name, signal.SIGINT)
     out = Listener(lambda text: signal.raise_signal(number) if f"(Step {step:06d})" in text else None)
-    before = signal.signal(number, signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)  # so that each ends the command as Ctrl-C does
     first = command(tmp_path, f"train.py {SMALL_RUN} --epochs 2 --eval-freq 1 --checkpoint 'a model.png'", out=out)
     signal.signal(number, before)
     assert first.status == 130 and saved_steps(tmp_path / "a model.png") == step + 1
     _, script, *arguments = shlex.split(first.err.split("`")[1])  # the command that goes on, as it says
     assert (tmp_path / script).samefile(HERE / "train.py")
     rest = command(tmp_path, shlex.join(["train.py", *arguments]))
-    assert first.out + rest.out == (trained / "log.txt").read_text(encoding="utf-8")
+    assert first.out + rest.out == (trained / "log.txt").read_bytes().decode()
 
 
 def test_sigterm_ends_a_process_after_its_step(tmp_path):
@@ -195,7 +195,7 @@ def test_torchrun_starts_a_run_again_whose_process_was_killed(tmp_path):
 
 
 @LONG
-def test_a_process_that_is_killed_while_it_saves_leaves_a_whole_file(tmp_path):
+def test_a_process_that_is_killed_when_it_begins_to_save_leaves_a_whole_file(tmp_path):
     def stamps():
         return [path.stat().st_mtime_ns for path in (tmp_path, tmp_path / "model.pth")]
     with start(tmp_path, *ENDLESS, "--save-every", "1") as process:
@@ -305,8 +305,8 @@ def test_the_python_blocks_of_a_page_run_and_print_what_it_says(tmp_path, monkey
             assert printed in (capsys.readouterr().out, None), code
 
 
-# Mistakes, each with words of the one line that it ends in. In these tables every value is one, and that line names the
-# option or, in the second table, the value.
+# Mistakes, each with words of the one line that it ends in. In these tables `--option a|b` is two, and that line names
+# the option or, in the second table, the value.
 OF_OPTIONS = {"train.py": f"""
     --train-ratio 0|1  --context-length 0  --epochs -1|1.5  --batch-size 0  --lr 0|inf|nan  --weight-decay -1|inf
     --warmup-steps -1  --initial-lr -1|inf  --min-lr -1|inf  --max-norm 0  --seed -1|{2**63}  --eval-freq 0

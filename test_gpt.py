@@ -40,7 +40,7 @@ def leaves_of(params):
 
 
 def gradients_of(params, inputs, targets, config, dtype=torch.float32):
-    """The gradient of the loss by each parameter, by plain autograd; tied ones have one together."""
+    """The gradient of the loss by each parameter, by plain autograd; two names of one tensor have the same one."""
     leaves = leaves_of(params)
     loss = calc_loss(compute_in(leaves, dtype), inputs, targets, config)
     gradients = dict(zip(distinct(leaves), torch.autograd.grad(loss, distinct(leaves)), strict=True))
@@ -81,7 +81,7 @@ def test_the_loss_by_hand_is_the_cross_entropy(untrained):
 
 def test_the_perplexity_of_a_model_that_prefers_nothing_is_the_number_of_tokens():
     loss = calc_loss(parrot(TINY, {}), *examples(TINY, 12), TINY)
-    assert loss.exp().item() == pytest.approx(TINY.vocab_size)
+    assert loss.exp().item() == pytest.approx(TINY.vocab_size, rel=1e-5)
 
 
 # The parameters
@@ -104,7 +104,7 @@ def made_of_modules(config):
 
 @given(configs, seeds, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_parameters_are_drawn_as_pytorchs_modules_draw_them(config, seed, default_dtype):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         expected, random_state = made_of_modules(config), torch.get_rng_state()
     generator = seeded(seed)
@@ -191,7 +191,7 @@ def test_dropout_zeroes_a_part_and_keeps_the_mean():
     x = torch.ones(10_000)
     dropped = dropout(x, 0.3, seeded())
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.03)  # about five standard deviations
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)  # 4.6 standard deviations
     assert dropout(x, 0.3, None) is dropout(x, 0.0, seeded()) is x
 
 
@@ -204,7 +204,7 @@ def test_with_a_generator_there_is_dropout_as_pytorch_draws_it(config, seed):
         return F.dropout(torch.tensor(x), config.drop_rate).numpy() if config.drop_rate > 0 else x
     logits = forward(params, ids, config, generators[0])
     loss = calc_loss(params, ids, targets, config, generators[1])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         expected = numpy_forward(params, ids, config, drop)
         assert all(torch.equal(each.get_state(), torch.get_rng_state()) for each in generators)
@@ -280,7 +280,7 @@ def test_a_prompt_and_then_single_tokens_give_the_logits_of_all_at_once(config, 
 
 @pytest.mark.parametrize("room, lengths", [
     (8, [0]), (8, [9]), (8, [8, 1]), (8, [4, 0]), (8, [4, 2]), (20, [13]), (20, [12, 1])])
-def test_a_cache_takes_a_prompt_and_then_single_tokens_as_far_as_there_is_room(room, lengths):
+def test_a_cache_refuses_what_has_no_room_and_several_tokens_after_a_prompt(room, lengths):
     params = init_params(TINY, seeded())
     cache = empty_cache(params, 2, room, TINY)
     for length in lengths[:-1]:
@@ -321,7 +321,7 @@ def test_gradients_are_finite_differences(has_dropout):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[LONG, NEEDS_COMPILER])])
-def test_one_compiled_function_serves_all_lengths(backend):
+def test_a_compiled_forward_gives_the_same_at_all_lengths(backend):
     torch.compiler.reset()  # else what other tests have compiled would count
     config, compiled = replace(PLAIN, n_layers=1), torch.compile(forward, fullgraph=True, backend=backend)
     params = init_params(config, seeded())
@@ -367,7 +367,7 @@ def test_onednns_product_and_derivatives_are_those_of_pytorchs_linear(length, fa
     assert_close(gpt.onednn_product(*layer, *no_bias), exact[0], **ROUNDING)
 
 
-@pytest.mark.filterwarnings("ignore:TF32")  # of Intel's GPUs, by the switch
+@pytest.mark.filterwarnings("ignore:TF32")  # oneDNN's switch also sets one of Intel's GPUs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorch_multiplies_where_onednns_switch_is_off(dtype):
     weight = torch.randn(300, 300, generator=seeded()).to(dtype)
@@ -396,7 +396,7 @@ def test_a_setting_is_kept_if_its_type_and_bounds_are_right_else_refused(kind, f
 # The line where the chapter ends
 @pytest.mark.parametrize("script", ["gpt.py", "weights.py", "sample.py", "train.py"])
 def test_the_chapter_uses_nothing_that_is_defined_below_its_end(script):
-    """So one can stop reading a script at the line that says where the chapter ends."""
+    """So one can stop reading a script at the line that says where the chapter ends, but for `outputs`."""
     above, below = re.split("(?m)^# -+ The chapter ends here", (HERE / script).read_text(encoding="utf-8"))
     used = {node.id for node in ast.walk(ast.parse(above)) if isinstance(node, ast.Name)}
     starts = re.findall(r"(?m)^(?!if)\w[\w, ]*", below)  # such as `def outputs`, `AMX` or `PROCESSOR, VECTORS`

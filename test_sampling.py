@@ -58,7 +58,7 @@ def test_a_temperature_towards_zero_takes_the_largest(row, seed, dtype, temperat
 
 @given(configs, seeds, st.integers(1, 12), st.integers(3, 9), st.sampled_from([0.0, 0.7, 1.4]),
        st.sampled_from([None, 1, 3, 20]), st.none() | st.integers(0, 30))
-@example(TINY, 1, 5, 15, 0.0, None, None)  # examples of which each notices if a setting has no effect
+@example(TINY, 1, 5, 15, 0.0, None, None)  # each of these fails if one setting is ignored
 @example(TINY, 1, 5, 15, 0.7, None, None)
 @example(TINY, 1, 5, 15, 1.4, 3, None)
 @example(TINY, 1, 5, 15, 1.4, None, 3)

@@ -108,7 +108,7 @@ def chapters_loop(params, run):
     """Parameters and losses by the chapter's loop, with appendix D, PyTorch's parts and its global generator."""
     settings, evaluations, step = run.settings, [], 0
     params = map_params(lambda tensor: tensor.clone().requires_grad_(), params)
-    optimizer = torch.optim.AdamW(distinct(params), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(distinct(params), weight_decay=0.1, fused=True)  # bit for bit as ours
     train_loader = DataLoader(run.train_windows.astype(int), settings.batch_size, shuffle=True, drop_last=True)
     val_loader = DataLoader(run.val_windows.astype(int), settings.batch_size)
 
@@ -134,7 +134,7 @@ def chapters_loop(params, run):
 @given(runs(warmup_steps=st.integers(0, 3), min_lr=st.none() | st.just(1e-5), max_norm=st.none() | st.just(0.5)))
 def test_a_run_is_the_chapters_loop(run):
     state = start_state(run)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state.generator_state)
         params, evaluations = chapters_loop(state.params, run)
         random_state = torch.get_rng_state()
@@ -230,8 +230,8 @@ def test_gradients_are_clipped_as_pytorch_clips_them(sizes, seed, scale, max_nor
 
 
 def test_gradients_are_clipped_after_they_were_averaged():
-    longer = Processes(average=lambda gradients: [1000 * gradient for gradient in gradients])
-    run = small_run(max_norm=0.5)._replace(processes=longer)
+    inflated = Processes(average=lambda gradients: [1000 * gradient for gradient in gradients])
+    run = small_run(max_norm=0.5)._replace(processes=inflated)
     means = next_state(run, start_state(run)).opt_state.exp_avg.values()  # after one step a tenth of the gradients
     assert 10 * torch.cat([mean.flatten() for mean in means]).norm().item() == pytest.approx(0.5, rel=1e-4)
 
@@ -381,7 +381,7 @@ def test_a_signal_ends_a_run_unless_it_is_ignored_and_a_second_ctrl_c_its_proces
 
 # Several processes
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
-def test_two_processes_train_as_one_does(drop_rate):
+def test_two_processes_agree_and_without_dropout_train_as_one_does(drop_rate):
     run = small_run(replace(TINY, drop_rate=drop_rate), eval_freq=3)
 
     def next_of_both(state):
@@ -433,7 +433,7 @@ def test_losses_are_drawn_against_epochs_and_tokens_seen(tmp_path, monkeypatch):
     assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
         "Training loss": [[1 / 6, 9.8], [1, 8.5], [2, 8.1]], "Validation loss": [[1 / 6, 9.9], [1, 9.0], [2, 8.3]]}
     assert [axes.get_xlabel(), axes.get_ylabel(), tokens.get_xlabel()] == ["Epochs", "Loss", "Tokens seen"]
-    assert tokens.get_xlim() == pytest.approx([6 * 2 * 4 * end for end in axes.get_xlim()])  # of an epoch
+    assert tokens.get_xlim() == pytest.approx([6 * 2 * 4 * end for end in axes.get_xlim()])  # an epoch's
     assert all(tick == int(tick) for tick in axes.get_xticks()) and len(axes.get_legend().texts) == 2
     assert (tmp_path / "a.picture").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TypeError):

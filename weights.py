@@ -264,7 +264,8 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} can't be written: {cause}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there any more, or never came to be
+            unfinished.unlink()
 
 
 def load_checkpoint(path: str | Path, n_heads: int | None = None) -> Checkpoint:
