@@ -172,7 +172,7 @@ def test_another_optimizer_is_left_out_with_a_warning(path, change):
 
 @pytest.mark.parametrize("part, value", [
     *((part, MISSING) for part in (*SavedRun._fields, "optimizer_state_dict")), ("settings", 1), ("order_seed", "1"),
-    ("order_seed", ""), ("order_seed", 2**70), ("generator_state", torch.ones(9)), ("evaluations", [1]), ("run", 3)])
+    ("order_seed", ""), ("order_seed", 2**70), ("generator_state", INPUTS), ("evaluations", [(1, 9**999, 1)]), ("run", 3)])
 def test_a_run_with_a_missing_or_wrong_part_is_refused(path, part, value):
     content = to_content(whole())
     holder = content if part in content else content["run"]
