@@ -172,7 +172,7 @@ def test_another_optimizer_is_left_out_with_a_warning(path, change):
 
 @pytest.mark.parametrize("part, value", [
     *((part, MISSING) for part in (*SavedRun._fields, "optimizer_state_dict")), ("settings", 1), ("order_seed", "1"),
-    ("order_seed", ""), ("order_seed", 2**70), ("generator_state", INPUTS), ("evaluations", [(1, 9**999, 1)]), ("run", 3)])
+    ("order_seed", ""), ("order_seed", 2**70), ("generator_state", 1), ("evaluations", [[9**400] * 3]), ("run", 3)])
 def test_a_run_with_a_missing_or_wrong_part_is_refused(path, part, value):
     content = to_content(whole())
     holder = content if part in content else content["run"]
@@ -402,7 +402,7 @@ def test_a_missing_or_misshapen_variable_is_refused_with_the_folder(tmp_path, na
 
 @pytest.mark.parametrize("save", [torch.save, save_before_2020])
 @pytest.mark.parametrize("content, word", [
-    ([1, 2], ""), ("text", ""), ({}, ""), ({"a": 1}, ""), (torch.zeros(2), ""), ({1: torch.ones(2)}, ""),
+    ([1, 2], ""), ({"wpe.w": INPUTS / 2}, ""), ({}, ""), ({"a": 1}, ""), (torch.zeros(2), ""), ({1: torch.ones(2)}, ""),
     ({"model": MODEL, "more": torch.nn.Linear(1, 1)}, "Linear"), (Payload(), "mkdir"),
     (hugging_face(MODEL) | {"h.0.attn.c_attn.weight": torch.ones(())}, ""),
     (MODEL | {"pos_emb.weight": torch.ones(8, 5)}, "(8, 5)"), (MODEL | {"h.2.b": torch.ones(2)}, "h.2.b"),
