@@ -427,8 +427,8 @@ def test_what_is_no_file_is_refused_by_its_name(tmp_path):
 
 
 # Damage
-CHANGES = [lambda piece: bytes(byte ^ 255 for byte in piece), lambda piece: bytes(len(piece)),
-           lambda piece: piece[::-1], lambda piece: b""]
+CHANGES = [lambda piece: bytes(byte ^ 255 for byte in piece), lambda piece: piece[::-1], lambda piece: b"",
+           lambda piece: bytes(len(piece[:999])) + piece[999:]]  # 40 KB of zeros take PyTorch 42 s to refuse
 places = st.integers(-2**13, 2**16)  # a zip file has its table at the end
 edits = st.lists(st.tuples(any_of(CHANGES), places, st.integers(1, 99) | st.just(2**20)), min_size=1, max_size=3)
 
@@ -450,7 +450,7 @@ def damaged(load, path, edits):
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(any_of([torch.save, save_before_2020, save_safetensors]), edits)
-@example(torch.save, [(CHANGES[3], 4, 60)])  # 60 bytes cut out near the start
+@example(torch.save, [(CHANGES[2], 4, 60)])  # 60 bytes cut out near the start
 def test_a_damaged_file_is_refused_or_with_checksums_equals_the_original(path, save, edits):
     save(whole().params if save is save_safetensors else to_content(whole()), path)
     loaded = damaged(lambda: load_checkpoint(path, n_heads=2), path, edits)
